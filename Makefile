@@ -1,0 +1,45 @@
+# make setup | demo | serve | test | test-slow | bench | check | requirements
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CPU builds of PyTorch. Where this index cannot be reached, pip's own configuration decides.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell grep -oE '^torch==[0-9.]+' requirements.txt)
+
+.PHONY: setup demo serve test test-slow bench check requirements
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --no-deps --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null \
+		|| $(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+serve: setup
+	$(BIN)/python -m comps.finetuning
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks.run
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+requirements:
+	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+		--no-header --annotation-style=line -o requirements.txt pyproject.toml
+	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+		--no-header --annotation-style=line --extra dev -c requirements.txt -o requirements-dev.txt pyproject.toml

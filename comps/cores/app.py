@@ -1,0 +1,63 @@
+"""The application that every OPEA component is, before it has routes of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import FastAPI, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from comps.cores.errors import add_error_handlers
+from comps.cores.middleware import Guard, JsonBodies, RequestLog
+from comps.cores.statistics import RequestStatistics
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_component(
+    *,
+    name: str,
+    title: str,
+    description: str,
+    version: str,
+    lifespan: Lifespan,
+    health: Callable[[], dict[str, Any]],
+    max_body_bytes: int,
+    hosts: Collection[str] = (),
+    origins: Collection[str] = (),
+) -> FastAPI:
+    """An application with OPEA's common routes, error envelope, request log, metrics and guards.
+
+    ``name`` is the key in ``/v1/statistics`` (OPEA writes ``opea_service@finetuning``), ``health``
+    gives what ``/v1/health_check`` says besides title, version and description. ``hosts`` and
+    ``origins`` are explained in :class:`comps.cores.middleware.Guard`.
+    """
+    app = FastAPI(title=title, description=description, version=version, lifespan=lifespan)
+    statistics = RequestStatistics(name)
+    app.state.statistics = statistics
+    add_error_handlers(app)
+    # The last added is the outermost.
+    app.add_middleware(JsonBodies, limit=max_body_bytes)
+    app.add_middleware(Guard, hosts=hosts, origins=origins)
+    app.add_middleware(RequestLog, statistics=statistics)
+
+    @app.get("/v1/health_check", tags=["service"])
+    @app.get("/health", tags=["service"])
+    def health_check() -> dict[str, Any]:
+        """Whether the service answers, and what it says of its parts."""
+        about = {"Service Title": title, "Version": version, "Service Description": description}
+        return about | health()
+
+    @app.get("/v1/statistics", tags=["service"])
+    def request_statistics() -> dict[str, dict[str, float | None]]:
+        """Latencies of requests in seconds, as OPEA components report them."""
+        return statistics.as_opea()
+
+    @app.get("/metrics", tags=["service"], response_class=Response)
+    def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(statistics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app

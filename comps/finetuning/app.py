@@ -1,0 +1,134 @@
+"""The fine-tuning service as an application: what it is made of, and the order it starts and stops in."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from sqlalchemy import select
+
+import comps
+from comps.cores.app import create_component
+from comps.cores.errors import StartupError
+from comps.finetuning.cluster import Cluster
+from comps.finetuning.jobs.dispatcher import Dispatcher
+from comps.finetuning.jobs.secrets import Secrets
+from comps.finetuning.metrics import StoreMetrics
+from comps.finetuning.routes import adapters, checkpoints, events, files, jobs, logs, models
+from comps.finetuning.settings import Settings, is_loopback
+from comps.finetuning.store.blobs import Blobs
+from comps.finetuning.store.database import Database
+from comps.finetuning.store.tables import FileRow
+
+log = logging.getLogger(__name__)
+
+NAME = "opea_service@finetuning"
+TITLE = "Fine-tuning service"
+DESCRIPTION = "Fine-tunes language models: LoRA with elastic ranks (NLS), sub-adapters, merged models."
+
+ROUTERS = tuple(part.router for part in (files, jobs, events, checkpoints, logs, adapters, models))
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+@contextmanager
+def only_service(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory's lock. Raises :class:`StartupError` when another service has it.
+
+    The operating system drops the lock with the process, however that ends.
+    """
+    descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StartupError(f"Another service uses the data directory {data_dir}.") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def make_directories(settings: Settings) -> None:
+    """Raises :class:`StartupError` when a directory cannot be made or written to."""
+    private = (settings.data_dir, settings.files_dir, settings.jobs_dir, settings.ray_dir)
+    try:
+        for directory in (*private, settings.models_dir):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(f"The directory {error.filename} cannot be made: {error.strerror}.") from error
+    for directory in private:
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise StartupError(f"The directory {directory} is not writable.")
+
+
+def sweep_files(database: Database, blobs: Blobs) -> None:
+    """Remove expired files, and bytes on disk that no row knows."""
+    with database.session() as session:
+        for row in session.scalars(select(FileRow).where(FileRow.expires_at <= time.time())):
+            session.delete(row)
+    with database.reading() as session:
+        known = set(session.scalars(select(FileRow.id)))
+    if removed := blobs.sweep(known):
+        log.info("removed %d files that were expired or half-written", len(removed))
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Nothing is opened or started before its lifespan begins."""
+    database = Database(settings.database_url)
+    blobs = Blobs(settings.files_dir)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        make_directories(settings)
+        with only_service(settings.data_dir):
+            await asyncio.to_thread(database.migrate)
+            await asyncio.to_thread(sweep_files, database, blobs)
+            secrets = Secrets(settings.hf_token)
+            cluster = Cluster(settings)
+            dispatcher = Dispatcher(database, settings, cluster, secrets)
+            app.state.secrets, app.state.cluster, app.state.dispatcher = secrets, cluster, dispatcher
+            await cluster.start()
+            await dispatcher.start()
+            try:
+                yield
+            finally:
+                await dispatcher.stop()
+                await cluster.stop()
+                database.dispose()
+
+    def health() -> dict[str, Any]:
+        return {"Ray": app.state.cluster.status()}
+
+    app = create_component(
+        name=NAME,
+        title=TITLE,
+        description=DESCRIPTION,
+        version=comps.__version__,
+        lifespan=lifespan,
+        health=health,
+        max_body_bytes=settings.max_body_bytes,
+        hosts=answered_hosts(settings),
+        origins=settings.allowed_hosts,
+    )
+    app.state.settings, app.state.database, app.state.blobs = settings, database, blobs
+    app.state.statistics.registry.register(StoreMetrics(database))
+    for router in ROUTERS:
+        app.include_router(router)
+    return app
+
+
+def answered_hosts(settings: Settings) -> tuple[str, ...]:
+    """The host names this service answers to; empty for any.
+
+    A service on loopback is only ever asked by a loopback name, unless a page rebinds its own name to it.
+    """
+    if not settings.allowed_hosts and not is_loopback(settings.host):
+        return ()
+    return (*_LOOPBACK_NAMES, settings.host, *settings.allowed_hosts)

@@ -1,0 +1,196 @@
+"""Names of base models, and what can be told of a model's directory without loading it.
+
+A name is ``org/name``, ``name`` or a longer path under the models root, of plain characters only. It is
+looked for in the models root, then in the local Hugging Face cache, then (unless the service is offline)
+it is taken for an id on the hub, whose existence :func:`check_on_hub` tells.
+
+Nothing here imports torch; ``huggingface_hub`` is imported when it is needed, since that takes a while.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from comps.cores.errors import InvalidRequest, NotFound, Unavailable
+from comps.finetuning.settings import Settings
+from comps.finetuning.weights import WeightsError, read_headers, weights_files
+from comps.tuning.spec import ModelSpec
+
+MAX_NAME = 200
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+_HUB_ID = re.compile(r"[^/]+(/[^/]+)?")
+
+
+def check_name(name: str, param: str = "model") -> str:
+    """``name``, if it has the form of a model's name.
+
+    Raises :class:`InvalidRequest` for anything else: URLs, absolute paths, ``..``, control characters.
+    """
+    if len(name) > MAX_NAME:
+        raise InvalidRequest(f"{param} is longer than {MAX_NAME} characters.", param=param)
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name!r} is not the name of a model: names are org/name, of letters, digits, '.', '_' and '-', "
+            "and name a directory under the models root or a model on the Hugging Face hub.",
+            param=param,
+        )
+    return name
+
+
+def find_local_model(models_dir: Path, name: str) -> Path | None:
+    """The directory of the model ``name`` under the models root, if there is one.
+
+    Raises :class:`InvalidRequest` when the name is not one, or leads out of the root through a link.
+    """
+    directory = models_dir / check_name(name)
+    if not directory.is_dir():
+        return None
+    resolved = directory.resolve()
+    if not resolved.is_relative_to(models_dir.resolve()):
+        raise InvalidRequest(f"The model {name!r} leads out of the models root.", param="model")
+    return resolved
+
+
+def list_local_models(models_dir: Path) -> list[str]:
+    """The names of the models under the models root, ``name`` and ``org/name``, sorted."""
+    return sorted(
+        path.parent.relative_to(models_dir).as_posix()
+        for pattern in ("*/config.json", "*/*/config.json")
+        for path in models_dir.glob(pattern)
+        if _NAME.fullmatch(path.parent.relative_to(models_dir).as_posix())
+    )
+
+
+def resolve(settings: Settings, name: str) -> ModelSpec:
+    """Where the base model ``name`` is: a local directory, or a hub id yet to be checked.
+
+    Raises :class:`InvalidRequest` for what is not a name, :class:`NotFound` with the places looked at.
+    """
+    directory = find_local_model(settings.models_dir, name) or _cached(name)
+    if directory is not None:
+        return ModelSpec(name=name, path=str(directory))
+    if settings.hf_hub_offline or not _HUB_ID.fullmatch(name):
+        why = "the hub is not asked, since HF_HUB_OFFLINE is set" if settings.hf_hub_offline else "no hub id"
+        raise model_not_found(
+            f"There is no base model {name!r}: it is not in the models root ({settings.models_dir}), nor in "
+            f"the Hugging Face cache; {why}."
+        )
+    return ModelSpec(name=name, path=name, local=False)
+
+
+def model_not_found(message: str) -> NotFound:
+    return NotFound(message, param="model", code="model_not_found")
+
+
+def check_on_hub(name: str, token: str | None) -> None:
+    """Ask the hub for a model. Raises :class:`NotFound`, :class:`InvalidRequest` for a gated model, and
+    :class:`Unavailable` when the hub does not answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, token=token or False, timeout=30)
+    except GatedRepoError as error:
+        raise InvalidRequest(
+            f"The model {name!r} is gated on the Hugging Face hub: accept its terms there, and give a token "
+            "that may read it as General.config.token or HF_TOKEN.",
+            param="model",
+            code="model_gated",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise model_not_found(
+            f"There is no base model {name!r} in the models root, in the Hugging Face cache or on the hub, "
+            "or it is private and the token may not read it."
+        ) from error
+    except Exception as error:  # the hub client lets the errors of its HTTP library through
+        raise Unavailable(
+            f"The Hugging Face hub could not be asked for the model {name!r}: {type(error).__name__}."
+        ) from error
+
+
+def _cached(name: str) -> Path | None:
+    """The snapshot of ``name`` in the Hugging Face cache, when config and weights are both there."""
+    if not _HUB_ID.fullmatch(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    if not isinstance(config, str):
+        return None
+    directory = Path(config).parent
+    try:
+        return directory if weights_files(directory) else None
+    except WeightsError:  # a download that was not finished
+        return None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The model's ``config.json``. Raises :class:`InvalidRequest` when it cannot be read."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise _unusable(directory, "has no config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unusable(directory, "has a config.json that is not valid JSON") from error
+    if not isinstance(config, dict):
+        raise _unusable(directory, "has a config.json that is not an object")
+    return config
+
+
+def check_mergeable(directory: Path) -> None:
+    """Refuse a base model whose weights cannot be used. A tokenizer is not needed.
+
+    Raises :class:`InvalidRequest` with code ``invalid_model``.
+    """
+    read_config(directory)
+    for _ in _tensors(directory):
+        return
+    raise _unusable(directory, "has safetensors files without a tensor in them")
+
+
+def check_trainable(directory: Path) -> None:
+    """As :func:`check_mergeable`, and a tokenizer is needed too."""
+    check_mergeable(directory)
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        names = ", ".join(TOKENIZER_FILES)
+        raise _unusable(directory, f"has no tokenizer ({names}), so it cannot be trained on")
+
+
+def module_names(directory: Path) -> set[str]:
+    """The paths of the model's modules that have a weight matrix, such as ``model.layers.0.mlp.up_proj``.
+
+    Read from the headers of its safetensors files. Raises :class:`InvalidRequest` as above.
+    """
+    found = set()
+    for name, shape in _tensors(directory):
+        module, _, parameter = name.rpartition(".")
+        if parameter in ("weight", "qweight") and len(shape) == 2:
+            found.add(module)
+    return found
+
+
+def _tensors(directory: Path) -> Iterator[tuple[str, list[int]]]:
+    try:
+        files = weights_files(directory)
+        if not files:
+            pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+            hint = "; pickled weights are never loaded" if pickled else ""
+            raise _unusable(directory, f"has no safetensors weights{hint}")
+        yield from read_headers(files)
+    except WeightsError as error:
+        raise _unusable(directory, str(error)) from error
+
+
+def _unusable(directory: Path, what: str) -> InvalidRequest:
+    message = f"The base model in {directory.name!r} {what}."
+    return InvalidRequest(message, param="model", code="invalid_model")

@@ -1,0 +1,9 @@
+"""The Ray cluster that runs the jobs: a local head of our own, or one that the operator names.
+
+Ray is a cache: whatever this package reports, the database and the job directories are the truth.
+"""
+
+from comps.finetuning.cluster.client import ClusterUnavailable, JobsClient
+from comps.finetuning.cluster.cluster import Cluster
+
+__all__ = ["Cluster", "ClusterUnavailable", "JobsClient"]

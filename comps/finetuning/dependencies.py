@@ -1,0 +1,78 @@
+"""What routes ask FastAPI for: the caller, the database, the settings, the files on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterator
+from typing import Annotated
+
+from fastapi import Depends, Request
+from sqlalchemy.orm import Session
+
+from comps.cores.errors import Unauthorized
+from comps.finetuning.settings import Settings
+from comps.finetuning.store.blobs import Blobs
+from comps.finetuning.store.database import Database
+
+
+def get_settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def get_database(request: Request) -> Database:
+    database: Database = request.app.state.database
+    return database
+
+
+def get_blobs(request: Request) -> Blobs:
+    blobs: Blobs = request.app.state.blobs
+    return blobs
+
+
+SettingsDep = Annotated[Settings, Depends(get_settings)]
+DatabaseDep = Annotated[Database, Depends(get_database)]
+BlobsDep = Annotated[Blobs, Depends(get_blobs)]
+
+
+def bearer_key(header: str | None) -> str | None:
+    """The key in an ``Authorization`` header. Clients without a key send ``Bearer None`` or ``Bearer``."""
+    scheme, _, key = (header or "").strip().partition(" ")
+    key = key.strip()
+    return key if scheme.lower() == "bearer" and key not in ("", "None") else None
+
+
+def get_owner(request: Request, settings: SettingsDep) -> str | None:
+    """Who calls: a digest of the key, or ``None`` when the service has no keys.
+
+    Raises :class:`Unauthorized`. Routers take this as a dependency, which guards all their routes.
+    """
+    if not settings.api_keys:
+        return None
+    key = bearer_key(request.headers.get("authorization"))
+    if key is None:
+        raise Unauthorized("This service needs an API key: send it as 'Authorization: Bearer KEY'.")
+    sent = key.encode()
+    # Each comparison takes the same time wherever the keys differ, and all of them are made.
+    matches = [secrets.compare_digest(sent, known.get_secret_value().encode()) for known in settings.api_keys]
+    if not any(matches):
+        raise Unauthorized("The API key is not one of this service's.")
+    return hashlib.sha256(sent).hexdigest()[:16]
+
+
+def get_session(database: DatabaseDep) -> Iterator[Session]:
+    """A write transaction around the route: committed before the answer is sent, undone by an error."""
+    with database.session() as session:
+        yield session
+
+
+def get_reader(database: DatabaseDep) -> Iterator[Session]:
+    """A read-only view of the database, which never waits for writers."""
+    with database.reading() as session:
+        yield session
+
+
+OwnerDep = Annotated[str | None, Depends(get_owner)]
+SessionDep = Annotated[Session, Depends(get_session, scope="function")]
+ReaderDep = Annotated[Session, Depends(get_reader, scope="function")]

@@ -1,0 +1,219 @@
+"""Extraction and merge as jobs: found when the same was asked before, made otherwise.
+
+Outputs of a fine-tuning job lie in its output directory, ``<version>/`` and ``<version>/merged_model/``;
+those of a registered super-adapter in the same form under ``<data dir>/adapters/<model id>/``, since the
+models root is the operator's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from comps.cores.errors import Conflict, InvalidRequest, NotFound
+from comps.finetuning import catalog
+from comps.finetuning.jobs.find import find_base_model, find_job, find_model
+from comps.finetuning.jobs.states import ACTIVE, add_event
+from comps.finetuning.schemas.adapters import AdapterRequest, ExtractRequest, MergeRequest
+from comps.finetuning.schemas.tolerant import request_warnings
+from comps.finetuning.settings import Settings
+from comps.finetuning.store.database import Database
+from comps.finetuning.store.tables import JobRow, ModelRow, new_id
+from comps.tuning.elastic.read_space import load_space
+from comps.tuning.errors import AdapterError
+from comps.tuning.rundir import OUTPUT
+from comps.tuning.spec import ExtractSpec, MergeSpec, ModelSpec, TrainSpec
+
+MERGED = "merged_model"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter to work on. ``id`` is a job's or a model's; ``output`` is where versions go."""
+
+    id: str
+    directory: Path
+    output: Path
+    base_model: ModelSpec
+    elastic: bool
+
+    def __str__(self) -> str:
+        return f"the job {self.id}" if self.id.startswith("ft-job-") else f"the model {self.id!r}"
+
+
+def create_extract(
+    database: Database, settings: Settings, request: ExtractRequest, owner: str | None
+) -> JobRow:
+    """The row of an extraction: one that runs or has succeeded with the same result, or a new one.
+
+    Raises :class:`InvalidRequest`, :class:`NotFound`, or :class:`Conflict` when the version exists with
+    another configuration, or its source has not succeeded.
+    """
+    version = _version(request)
+    if version is None and request.custom_config is not None:
+        raise InvalidRequest(
+            "adapter_version is missing: a custom_config needs a name of its own.", param="adapter_version"
+        )
+    version = version or "heuristic"
+    with database.reading() as session:
+        source = _source(session, settings, request, owner)
+    if not source.elastic:
+        raise InvalidRequest(
+            f"{_capital(source)} has no elastic ranks (neural_lora_search was off), so there is nothing to "
+            "extract; its adapter can be merged as it is.",
+            param="fine_tuning_job_id",
+        )
+    try:
+        config = load_space(source.directory).resolve(version, request.custom_config)
+    except AdapterError as error:
+        raise InvalidRequest(_capital(error).rstrip(".") + ".", param=error.param) from error
+    output = source.output / version
+    if output.exists() and not (output / "adapter_config.json").is_file():
+        raise InvalidRequest(f"adapter_version: {version!r} is reserved.", param="adapter_version")
+    job_id = new_id("extract")
+    spec = ExtractSpec(
+        job_id=job_id, directory=settings.jobs_dir / job_id, super_adapter=source.directory, version=version,
+        config=config, form=request.form, output=output,
+    )  # fmt: skip
+
+    with database.session() as session:
+        known = _known(session, "extract", source.id, version)
+        if known is None:
+            return _new_row(session, spec, source, version, request, owner)
+        same = ExtractSpec.model_validate(known.spec)
+        if (same.config, same.form) != (config, request.form):
+            raise Conflict(
+                f"The version {version!r} of {source} exists with another configuration; choose another.",
+                param="adapter_version",
+            )
+        return known
+
+
+def create_merge(database: Database, settings: Settings, request: MergeRequest, owner: str | None) -> JobRow:
+    """As :func:`create_extract`, for a merge. The version must have been extracted before."""
+    version = _version(request)
+    with database.reading() as session:
+        source = _source(session, settings, request, owner)
+        extracting = _known(session, "extract", source.id, version) if version else None
+    adapter = source.output / version if version else source.directory
+    if version and not source.elastic:
+        raise InvalidRequest(
+            f"{_capital(source)} has no elastic ranks, so no version {version!r}; leave adapter_version out.",
+            param="adapter_version",
+        )
+    if extracting and extracting.status in ACTIVE:
+        raise Conflict(
+            f"The version {version!r} of {source} is still being extracted.", param="adapter_version"
+        )
+    if not (adapter / "adapter_config.json").is_file():
+        raise NotFound(
+            f"The version {version!r} of {source} has not been extracted; "
+            "do that first with POST /v1/finetune/extract_adapter.",
+            param="adapter_version",
+            code="version_not_found",
+        )
+    if source.base_model.local:
+        catalog.check_mergeable(Path(source.base_model.path))
+    job_id = new_id("merge")
+    output = (source.output / version if version else source.output) / MERGED
+    spec = MergeSpec(
+        job_id=job_id, directory=settings.jobs_dir / job_id, adapter=adapter, base_model=source.base_model,
+        output=output,
+    )  # fmt: skip
+
+    with database.session() as session:
+        known = _known(session, "merge", source.id, version)
+        return known or _new_row(session, spec, source, version, request, owner)
+
+
+def _version(request: AdapterRequest) -> str | None:
+    first, second = request.adapter_version, request.sub_adapter_version
+    if first and second and first != second:
+        raise InvalidRequest(
+            f"adapter_version is {first!r}, but sub_adapter_version is {second!r}; give one of them.",
+            param="adapter_version",
+        )
+    return first or second
+
+
+def _source(session: Session, settings: Settings, request: AdapterRequest, owner: str | None) -> Source:
+    if request.fine_tuning_job_id:
+        return _of_job(settings, find_job(session, request.fine_tuning_job_id, owner))
+    if not request.model:
+        raise InvalidRequest(
+            "fine_tuning_job_id is missing (or model, for a registered super-adapter).",
+            param="fine_tuning_job_id",
+        )
+    row = find_model(session, request.model, owner, "super_adapter", "adapter")
+    if row is None:
+        raise NotFound(f"There is no adapter {request.model[:80]!r}.", param="model", code="model_not_found")
+    if row.job_id is None:
+        return _of_model(session, settings, row, owner)
+    source = _of_job(settings, find_job(session, row.job_id, owner))
+    if Path(row.path) != source.directory:
+        raise InvalidRequest(
+            f"{row.id!r} is a version that was extracted from the job {row.job_id}; give that "
+            "fine_tuning_job_id, and the version as adapter_version.",
+            param="model",
+        )
+    return source
+
+
+def _of_job(settings: Settings, job: JobRow) -> Source:
+    if job.status != "succeeded":
+        raise Conflict(
+            f"The job {job.id} is {job.status}; only a job that succeeded has an adapter.",
+            param="fine_tuning_job_id",
+            code="job_not_succeeded",
+        )
+    spec = TrainSpec.model_validate(job.spec)
+    output = settings.jobs_dir / job.id / OUTPUT
+    return Source(job.id, output, output, spec.base_model, elastic=bool(spec.lora.groups))
+
+
+def _of_model(session: Session, settings: Settings, row: ModelRow, owner: str | None) -> Source:
+    base_model = find_base_model(session, settings, row.base_model or "", owner)
+    # Ids may have a slash, versions may not have an @: so no version of one model is in another's way.
+    output = settings.data_dir / "adapters" / row.id.replace("/", "@")
+    return Source(row.id, Path(row.path), output, base_model, elastic=row.kind == "super_adapter")
+
+
+def _known(session: Session, kind: str, source: str, version: str | None) -> JobRow | None:
+    """The newest run of the same that is under way, or has succeeded and whose output is still there."""
+    query = select(JobRow).where(
+        JobRow.kind == kind,
+        JobRow.source == source,
+        JobRow.version == version if version else JobRow.version.is_(None),
+        JobRow.status.in_((*ACTIVE, "succeeded")),
+    )
+    job = session.scalar(query.order_by(JobRow.sequence.desc()).limit(1))
+    if job is None or job.status in ACTIVE or Path(job.spec["output"]).is_dir():
+        return job
+    return None
+
+
+def _new_row(
+    session: Session,
+    spec: ExtractSpec | MergeSpec,
+    source: Source,
+    version: str | None,
+    request: AdapterRequest,
+    owner: str | None,
+) -> JobRow:
+    job = JobRow(
+        id=spec.job_id, kind=spec.kind, status="queued", owner=owner, model=source.base_model.name,
+        source=source.id, version=version, request=request.model_dump(mode="json", exclude_unset=True),
+        spec=spec.model_dump(mode="json"), warnings=request_warnings(request),
+    )  # fmt: skip
+    session.add(job)
+    session.flush()
+    add_event(session, job, f"Created: {spec.kind} of {source}")
+    return job
+
+
+def _capital(text: object) -> str:
+    sentence = str(text)
+    return sentence[:1].upper() + sentence[1:]

@@ -1,0 +1,92 @@
+"""Finding rows for a caller, who sees their own: the one place that says who sees what."""
+
+from __future__ import annotations
+
+import time
+
+from sqlalchemy import ColumnElement, or_, select, true
+from sqlalchemy.orm import Session
+
+from comps.cores.errors import InvalidRequest, NotFound
+from comps.finetuning import catalog
+from comps.finetuning.settings import Settings
+from comps.finetuning.store.tables import CheckpointRow, FileRow, JobRow, ModelRow
+from comps.tuning.spec import ModelSpec
+
+_SHOWN = 80
+
+
+def visible(table: type[JobRow] | type[FileRow] | type[ModelRow], owner: str | None) -> ColumnElement[bool]:
+    """The condition that ``owner`` may see a row: it is theirs, or nobody's. Without keys, everything."""
+    if owner is None:
+        return true()
+    return or_(table.owner == owner, table.owner.is_(None))
+
+
+def find_job(session: Session, job_id: str, owner: str | None, param: str = "fine_tuning_job_id") -> JobRow:
+    """A fine-tuning job. Raises :class:`NotFound`."""
+    query = select(JobRow).where(JobRow.id == job_id, JobRow.kind == "fine_tuning", visible(JobRow, owner))
+    job = session.scalar(query)
+    if job is None:
+        raise NotFound(f"There is no fine-tuning job {job_id[:_SHOWN]!r}.", param=param)
+    return job
+
+
+def find_data_file(session: Session, name: str, owner: str | None, param: str) -> FileRow:
+    """A stored file by its id, or the newest by its name. Raises :class:`NotFound`."""
+    usable = select(FileRow).where(
+        visible(FileRow, owner), or_(FileRow.expires_at.is_(None), FileRow.expires_at > time.time())
+    )
+    newest = FileRow.created_at.desc(), FileRow.id
+    row = session.scalar(usable.where(FileRow.id == name)) or session.scalar(
+        usable.where(FileRow.filename == name).order_by(*newest).limit(1)
+    )
+    if row is None:
+        raise NotFound(
+            f"{param}: there is no stored file with the id or the name {name[:_SHOWN]!r}; "
+            "upload it first with POST /v1/files.",
+            param=param,
+            code="file_not_found",
+        )
+    return row
+
+
+def find_model(session: Session, model_id: str, owner: str | None, *kinds: str) -> ModelRow | None:
+    """A model with a row (registered, or made by a job), of one of ``kinds``."""
+    query = select(ModelRow).where(
+        ModelRow.id == model_id, ModelRow.kind.in_(kinds), visible(ModelRow, owner)
+    )
+    return session.scalar(query)
+
+
+def find_base_model(session: Session, settings: Settings, name: str, owner: str | None) -> ModelSpec:
+    """A registered base model or a merged one by its id, else what the catalogue knows by that name.
+
+    Raises :class:`InvalidRequest` or :class:`NotFound`.
+    """
+    if not name:
+        raise InvalidRequest("model is missing: name the base model.", param="model")
+    if row := find_model(session, name, owner, "base", "merged"):
+        return ModelSpec(name=name, path=row.path)
+    return catalog.resolve(settings, name)
+
+
+def find_checkpoint(session: Session, name: str, owner: str | None) -> tuple[CheckpointRow, JobRow]:
+    """A checkpoint by its id or its ``fine_tuned_model_checkpoint``, and its job. Raises :class:`NotFound`.
+
+    Only what is in the table is found, so a path never leads to another directory.
+    """
+    query = (
+        select(CheckpointRow, JobRow)
+        .join(JobRow, JobRow.id == CheckpointRow.job_id)
+        .where(or_(CheckpointRow.id == name, CheckpointRow.path == name), visible(JobRow, owner))
+    )
+    found = session.execute(query).first()
+    if found is None:
+        raise NotFound(
+            f"General.resume_from_checkpoint: there is no checkpoint {name[:_SHOWN]!r}; "
+            "POST /v1/finetune/list_checkpoints lists those of a job.",
+            param="General.resume_from_checkpoint",
+            code="checkpoint_not_found",
+        )
+    return found[0], found[1]

@@ -1,0 +1,72 @@
+"""Turn the evidence of a run's end into the job's end state and the models it gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from comps.finetuning.jobs.states import transition
+from comps.finetuning.store.tables import JobRow, ModelRow
+
+SERVER_ERROR = "server_error"
+
+
+def finish(session: Session, job: JobRow, result: dict[str, Any]) -> None:
+    """Apply a ``result.json`` (see ``comps.tuning.outcome``) to a running job."""
+    if result["outcome"] == "failed":
+        fail(session, job, **result["error"])
+    elif job.kind == "fine_tuning":
+        _finish_training(session, job, result)
+    else:
+        _finish_adapter(session, job, result)
+
+
+def fail(
+    session: Session, job: JobRow, message: str, code: str = SERVER_ERROR, param: str | None = None
+) -> None:
+    """End a job as failed with an error a person can act on."""
+    error = {"code": code, "message": message, "param": param}
+    transition(session, job, "failed", f"The job failed: {message}", error=error, cpus=None)
+
+
+def model_name(job: JobRow) -> str:
+    """``ft:<base model>:<suffix>:<job id>``, the shape that OpenAI's clients know."""
+    return ":".join(["ft", job.model, job.suffix or "", job.id])
+
+
+def _finish_training(session: Session, job: JobRow, result: dict[str, Any]) -> None:
+    name = model_name(job)
+    elastic = bool(job.spec["lora"]["groups"])
+    session.merge(
+        ModelRow(
+            id=name, kind="super_adapter" if elastic else "adapter", owner=job.owner, path=result["path"],
+            base_model=job.model, job_id=job.id, details={},
+        )
+    )  # fmt: skip
+    transition(
+        session, job, "succeeded", "The job has successfully completed",
+        fine_tuned_model=name, trained_tokens=result["trained_tokens"], result=result, cpus=None,
+    )  # fmt: skip
+
+
+def _finish_adapter(session: Session, job: JobRow, result: dict[str, Any]) -> None:
+    """A sub-adapter or a merged model is named after its source: ``<source model>[:<version>][:merged]``."""
+    source = session.get(ModelRow, job.source) or session.query(ModelRow).filter_by(job_id=job.source).first()
+    parts = [source.id if source else str(job.source)]
+    if job.version:
+        parts.append(job.version)
+    if job.kind == "merge":
+        parts.append("merged")
+    name = ":".join(parts)
+    details = {key: value for key, value in result.items() if key not in ("outcome", "path")}
+    session.merge(
+        ModelRow(
+            id=name, kind="merged" if job.kind == "merge" else "adapter", owner=job.owner,
+            path=result["path"], base_model=job.model, job_id=source.job_id if source else None,
+            details=details,
+        )
+    )  # fmt: skip
+    transition(
+        session, job, "succeeded", f"Written as {name}", fine_tuned_model=name, result=result, cpus=None
+    )

@@ -1,0 +1,50 @@
+"""What is checked between a job's acceptance and its place in the queue: its data, and a hub model.
+
+Faults of the request itself were refused when it was made; these checks read whole files or ask the hub,
+which takes longer than a client should wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from comps.cores.errors import ServiceError
+from comps.finetuning.catalog import check_on_hub
+from comps.finetuning.store.tables import JobRow
+from comps.tuning.data.records import validate_file
+from comps.tuning.errors import DataError
+from comps.tuning.spec import TrainSpec
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``error`` is ``(message, code, param)`` of the first fault; ``warnings`` are sentences for events."""
+
+    error: tuple[str, str, str | None] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def validate(job: JobRow, token: str | None) -> Verdict:
+    """Read the job's data files from end to end, and ask the hub for a model that is not here.
+
+    Blocking; memory stays bounded at any file size.
+    """
+    spec = TrainSpec.model_validate(job.spec)
+    files = [(spec.data.train_file, spec.data.train_name, "training_file", "invalid_training_file")]
+    if spec.data.validation_file:
+        name = spec.data.validation_name
+        files.append((spec.data.validation_file, name, "validation_file", "invalid_validation_file"))
+    warnings: list[str] = []
+    for path, name, param, code in files:
+        try:
+            warnings += validate_file(path, name, spec.task).warnings
+        except DataError as error:
+            return Verdict((error.message, code, param))
+        except FileNotFoundError:
+            return Verdict((f"The file {name} was deleted before the job began.", code, param))
+    if not spec.base_model.local:
+        try:
+            check_on_hub(spec.base_model.path, token)
+        except ServiceError as error:
+            return Verdict((error.message, error.code or "invalid_model", error.param))
+    return Verdict(warnings=warnings)

@@ -1,0 +1,88 @@
+"""Extraction and merge, under all the paths that documents give them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from sqlalchemy import select
+from starlette.concurrency import run_in_threadpool
+
+from comps.cores.errors import ServiceError
+from comps.finetuning.dependencies import DatabaseDep, OwnerDep, SettingsDep
+from comps.finetuning.jobs.adapters import create_extract, create_merge
+from comps.finetuning.jobs.states import TERMINAL
+from comps.finetuning.routes.json_route import JsonRoute
+from comps.finetuning.schemas.adapters import AdapterAnswer, AdapterRequest, ExtractRequest, MergeRequest
+from comps.finetuning.schemas.tolerant import request_warnings
+from comps.finetuning.store.database import Database
+from comps.finetuning.store.tables import JobRow
+
+router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JsonRoute)
+
+_POLL_SECONDS = 0.15
+
+
+class RunFailed(ServiceError):
+    """The work was begun and did not succeed; the message and the code are those of its run."""
+
+    status, type, code = 422, "invalid_request_error", "run_failed"
+
+
+class RunBroke(ServiceError):
+    """As above, through no fault of the request."""
+
+
+@router.post("/finetune/extract_adapter")
+@router.post("/finetune/extract_sub_adapter")
+@router.post("/sqft/extract_sub_adapter")
+async def extract_adapter(
+    body: ExtractRequest, request: Request, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+) -> AdapterAnswer:
+    """Cut a sub-adapter out of a super-adapter. The answer comes when it is written."""
+    job = await run_in_threadpool(create_extract, database, settings, body, owner)
+    return await _answer(request, database, body, job)
+
+
+@router.post("/finetune/merge_adapter")
+@router.post("/ffinetune/merge_adapter")
+@router.post("/sqft/merge_adapter")
+async def merge_adapter(
+    body: MergeRequest, request: Request, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+) -> AdapterAnswer:
+    """Merge an adapter into its base model. The answer comes when the model is written."""
+    job = await run_in_threadpool(create_merge, database, settings, body, owner)
+    return await _answer(request, database, body, job)
+
+
+async def _answer(request: Request, database: Database, body: AdapterRequest, job: JobRow) -> AdapterAnswer:
+    request.app.state.dispatcher.wake()
+    if body.wait:
+        # The work goes on when the client hangs up; the same request then finds it again.
+        while job.status not in TERMINAL and not await request.is_disconnected():
+            await asyncio.sleep(_POLL_SECONDS)
+            job = await run_in_threadpool(_again, database, job.id)
+    if job.status in ("failed", "cancelled"):
+        error = job.error or {"message": f"The {job.kind} {job.id} was {job.status}.", "code": "cancelled"}
+        kind = RunBroke if error["code"] == "server_error" else RunFailed
+        raise kind(error["message"], code=error["code"], param=error.get("param"))
+    from_job = (job.source or "").startswith("ft-job-")
+    known = {
+        "fine_tuning_job_id": job.source if from_job else None,
+        "id": job.id,
+        "object": f"fine_tuning.{job.kind}",
+        "created_at": int(job.created_at),
+        "status": job.status,
+        "model": None if from_job else job.source,
+        "adapter_version": job.version,
+        "path": job.spec["output"],
+        "fine_tuned_model": job.fine_tuned_model,
+        "warnings": request_warnings(body),
+    }
+    result = {key: value for key, value in (job.result or {}).items() if key not in ("outcome", "version")}
+    return AdapterAnswer.model_validate(known | {k: v for k, v in result.items() if k not in known})
+
+
+def _again(database: Database, job_id: str) -> JobRow:
+    with database.reading() as session:
+        return session.scalars(select(JobRow).where(JobRow.id == job_id)).one()

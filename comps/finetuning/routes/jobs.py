@@ -1,0 +1,130 @@
+"""Fine-tuning jobs: create, list, retrieve, cancel."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+from sqlalchemy import ColumnElement, String, cast, select
+from sqlalchemy.orm import Session
+
+from comps.cores.errors import Conflict, InvalidRequest
+from comps.finetuning.dependencies import (
+    DatabaseDep,
+    OwnerDep,
+    ReaderDep,
+    SessionDep,
+    SettingsDep,
+)
+from comps.finetuning.jobs.create import create_fine_tuning_job
+from comps.finetuning.jobs.find import find_job, visible
+from comps.finetuning.jobs.states import IllegalMove, transition
+from comps.finetuning.routes.json_route import JsonRoute
+from comps.finetuning.routes.pages import After, Limit, newest_first
+from comps.finetuning.schemas.job_object import FineTuningJob, JobList
+from comps.finetuning.schemas.jobs import JobId, JobRequest
+from comps.finetuning.schemas.tolerant import request_warnings
+from comps.finetuning.store.tables import JobRow
+
+router = APIRouter(prefix="/v1", tags=["jobs"], route_class=JsonRoute)
+
+JobPath = Annotated[str, Path(max_length=200)]
+
+
+@router.post("/fine_tuning/jobs")
+@router.post("/sqft/jobs")
+def create_job(
+    body: JobRequest, request: Request, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+) -> FineTuningJob:
+    """Ask for an adapter to be trained. The answer comes at once; the job's status tells the rest."""
+    job = create_fine_tuning_job(database, settings, request.app.state.secrets, body, owner)
+    request.app.state.dispatcher.wake()
+    return FineTuningJob.of(job, settings)
+
+
+@router.get("/fine_tuning/jobs")
+def list_jobs(
+    request: Request,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    session: ReaderDep,
+    after: After = None,
+    limit: Limit = 20,
+) -> JobList:
+    """Jobs, newest first. ``metadata[key]=value`` keeps those with it, ``metadata=null`` those without."""
+    query = select(JobRow).where(JobRow.kind == "fine_tuning", visible(JobRow, owner))
+    for name, value in request.query_params.multi_items():
+        if (condition := _metadata(name, value)) is not None:
+            query = query.where(condition)
+    rows, more = newest_first(session, JobRow, query, after, limit)
+    return JobList(data=[FineTuningJob.of(row, settings) for row in rows], has_more=more)
+
+
+def _metadata(name: str, value: str) -> ColumnElement[bool] | None:
+    if name == "metadata" and value == "null":
+        return cast(JobRow.job_metadata, String) == "{}"
+    if not name.startswith("metadata["):
+        return None
+    key = name.removeprefix("metadata[").removesuffix("]")
+    # A quote or a backslash would end the key within the database's path to it.
+    if not name.endswith("]") or not key or len(key) > 64 or '"' in key or "\\" in key:
+        raise InvalidRequest(f"{name[:80]!r} is not metadata[key] with a usable key.", param="metadata")
+    has_value: ColumnElement[bool] = JobRow.job_metadata[key].as_string() == value
+    return has_value
+
+
+@router.post("/fine_tuning/jobs/retrieve")
+def retrieve_job_by_body(
+    body: JobId, owner: OwnerDep, settings: SettingsDep, session: ReaderDep
+) -> FineTuningJob:
+    """One job, as OPEA asks for it."""
+    job = find_job(session, body.fine_tuning_job_id, owner)
+    return FineTuningJob.of(job, settings, tuple(request_warnings(body)))
+
+
+@router.post("/fine_tuning/jobs/cancel")
+def cancel_job_by_body(
+    body: JobId, request: Request, owner: OwnerDep, settings: SettingsDep, session: SessionDep
+) -> FineTuningJob:
+    """Stop one job, as OPEA asks for it."""
+    job = _cancel(session, body.fine_tuning_job_id, owner)
+    request.app.state.dispatcher.wake()
+    return FineTuningJob.of(job, settings, tuple(request_warnings(body)))
+
+
+@router.get("/fine_tuning/jobs/{fine_tuning_job_id}")
+def retrieve_job(
+    fine_tuning_job_id: JobPath, owner: OwnerDep, settings: SettingsDep, session: ReaderDep
+) -> FineTuningJob:
+    """One job."""
+    return FineTuningJob.of(find_job(session, fine_tuning_job_id, owner), settings)
+
+
+@router.post("/fine_tuning/jobs/{fine_tuning_job_id}/cancel")
+def cancel_job(
+    fine_tuning_job_id: JobPath,
+    request: Request,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    session: SessionDep,
+) -> FineTuningJob:
+    """Stop one job. Cancelling it again changes nothing; a job that has ended otherwise stays as it is."""
+    job = _cancel(session, fine_tuning_job_id, owner)
+    request.app.state.dispatcher.wake()
+    return FineTuningJob.of(job, settings)
+
+
+def _cancel(session: Session, job_id: str, owner: str | None) -> JobRow:
+    job = find_job(session, job_id, owner)
+    if job.status == "cancelled":
+        return job
+    try:
+        transition(session, job, "cancelled", "The job was cancelled")
+    except IllegalMove as move:
+        raise Conflict(
+            f"The job {job.id} has {move.current} and cannot be cancelled.",
+            param="fine_tuning_job_id",
+            code="job_has_ended",
+        ) from move
+    session.commit()
+    return job

@@ -1,0 +1,158 @@
+"""Models: list, look at, register, delete."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter
+from fastapi import Path as PathParameter
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from comps.cores.errors import Conflict, InvalidRequest, NotFound
+from comps.finetuning import catalog
+from comps.finetuning.dependencies import OwnerDep, ReaderDep, SessionDep, SettingsDep
+from comps.finetuning.jobs.find import find_base_model, visible
+from comps.finetuning.jobs.states import ACTIVE
+from comps.finetuning.registry import inspect_directory
+from comps.finetuning.schemas.models import ModelDeleted, ModelList, ModelObject, RegisterModel
+from comps.finetuning.settings import Settings
+from comps.finetuning.store.tables import JobRow, ModelRow
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+ModelId = Annotated[str, PathParameter(max_length=1000)]
+
+
+def found_on_disk(settings: Settings, name: str) -> ModelObject | None:
+    """The base model that lies in the models root under this name, without anyone's registration."""
+    if name not in catalog.list_local_models(settings.models_dir):
+        return None
+    directory = settings.models_dir / name
+    created = int(directory.stat().st_mtime)
+    return ModelObject(id=name, created=created, owned_by="local", kind="base", path=str(directory))
+
+
+@router.get("")
+def list_models(owner: OwnerDep, settings: SettingsDep, session: ReaderDep) -> ModelList:
+    """All models that requests can name, newest first."""
+    rows = session.scalars(select(ModelRow).where(visible(ModelRow, owner)))
+    known = {row.id: ModelObject.of(row) for row in rows}
+    for name in catalog.list_local_models(settings.models_dir):
+        if name not in known and (found := found_on_disk(settings, name)):
+            known[name] = found
+    return ModelList(data=sorted(known.values(), key=lambda model: (-model.created, model.id)))
+
+
+@router.post("")
+def register_model(
+    body: RegisterModel, owner: OwnerDep, settings: SettingsDep, session: SessionDep
+) -> ModelObject:
+    """Give a directory under the models root a name: a base model, or a super-adapter trained elsewhere."""
+    if session.get(ModelRow, body.id) is not None:
+        raise Conflict(f"There is already a model {body.id!r}.", param="id")
+    found = inspect_directory(settings.models_dir, body.path)
+    local = catalog.find_local_model(settings.models_dir, body.id)
+    if local is not None and local != found.directory:
+        raise Conflict(f"The name {body.id!r} belongs to another directory in the models root.", param="id")
+    base_model = _base_model(session, settings, body, found.base_model, owner)
+    if found.kind == "super_adapter" and base_model is None:
+        message = "base_model is missing, and the adapter's own config names no base model."
+        raise InvalidRequest(message, param="base_model")
+    row = ModelRow(
+        id=body.id,
+        kind=found.kind,
+        owner=owner,
+        path=str(found.directory),
+        base_model=base_model,
+        details={},
+    )
+    session.add(row)
+    session.flush()
+    return ModelObject.of(row)
+
+
+def _base_model(
+    session: Session, settings: Settings, body: RegisterModel, from_config: str | None, owner: str | None
+) -> str | None:
+    """The base model's name: the given one must be known, the adapter's own is taken as it is."""
+    if body.base_model is not None:
+        try:
+            find_base_model(session, settings, body.base_model, owner)
+        except (NotFound, InvalidRequest) as error:
+            raise InvalidRequest(error.message, param="base_model", code=error.code) from error
+        return body.base_model
+    if from_config is None:
+        return None
+    try:
+        return catalog.check_name(from_config, "base_model")
+    except InvalidRequest as error:
+        message = (
+            f"The adapter's config names {from_config[:200]!r} as its base model; give base_model instead."
+        )
+        raise InvalidRequest(message, param="base_model") from error
+
+
+@router.get("/{model_id:path}")
+def retrieve_model(
+    model_id: ModelId, owner: OwnerDep, settings: SettingsDep, session: ReaderDep
+) -> ModelObject:
+    """One model."""
+    row = _find_row(session, model_id, owner)
+    model = ModelObject.of(row) if row else found_on_disk(settings, model_id)
+    if model is None:
+        raise _unknown(model_id)
+    return model
+
+
+@router.delete("/{model_id:path}")
+def delete_model(
+    model_id: ModelId, owner: OwnerDep, settings: SettingsDep, session: SessionDep
+) -> ModelDeleted:
+    """Forget a registered model (its files stay), or remove a model that a job made with its files."""
+    row = _find_row(session, model_id, owner)
+    if row is None:
+        if found_on_disk(settings, model_id):
+            message = f"The model {model_id!r} lies in the models root and is not the service's to remove."
+            raise Conflict(message, param="model")
+        raise _unknown(model_id)
+    _check_unused(session, row)
+    session.delete(row)
+    session.commit()
+    path = Path(row.path)
+    ours = path.is_relative_to(settings.data_dir) and not path.is_relative_to(settings.models_dir)
+    if _made_here(row) and ours:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+    return ModelDeleted(id=model_id)
+
+
+def _check_unused(session: Session, row: ModelRow) -> None:
+    names = [row.id, row.job_id] if row.job_id else [row.id]
+    used = or_(JobRow.model == row.id, JobRow.source.in_(names))
+    job = session.scalar(select(JobRow.id).where(used, JobRow.status.in_(ACTIVE)).limit(1))
+    if job is not None:
+        raise Conflict(f"The model {row.id!r} is used by the job {job}, which has not ended.", param="model")
+    if not _made_here(row):
+        return
+    inside = ModelRow.path.startswith(f"{row.path}/", autoescape=True)
+    other = session.scalar(select(ModelRow.id).where(inside).limit(1))
+    if other is not None:
+        message = f"The files of {other!r} lie within those of {row.id!r}: delete that model first."
+        raise Conflict(message, param="model")
+
+
+def _made_here(row: ModelRow) -> bool:
+    """Whether a job of this service wrote the model, so that its files go with it."""
+    return row.job_id is not None or row.kind in ("adapter", "merged")
+
+
+def _find_row(session: Session, model_id: str, owner: str | None) -> ModelRow | None:
+    return session.scalar(select(ModelRow).where(ModelRow.id == model_id, visible(ModelRow, owner)))
+
+
+def _unknown(model_id: str) -> NotFound:
+    return NotFound(f"There is no model {model_id[:200]!r}.", param="model", code="model_not_found")

@@ -1,0 +1,74 @@
+"""The bodies of extraction and merge, in both spellings of the version's name, and their answer."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from comps.finetuning.schemas.jobs import NAME
+from comps.finetuning.schemas.tolerant import Integer, Tolerant
+
+# Names that the output directory of a job has other uses for, whatever their case.
+_RESERVED = re.compile(
+    r"checkpoint.*|merged_model|events.*|runs|logs?|scratch|output|result|spec|tokenizer.*|adapter_.*"
+    r"|.*\.(json|jsonl|safetensors|txt|md|model|bin|pt|tmp|old|csv|png)",
+    re.IGNORECASE,
+)
+
+
+def _not_reserved(name: str) -> str:
+    if _RESERVED.fullmatch(name):
+        raise ValueError("this name is reserved; choose another one")
+    return name
+
+
+Version = Annotated[str, Field(pattern=NAME), AfterValidator(_not_reserved)]
+
+
+class AdapterRequest(Tolerant):
+    """What both have: the source, and whether the answer waits for the end of the work.
+
+    ``model`` is the id of a registered super-adapter. It is only looked at without a
+    ``fine_tuning_job_id``, since a job object, passed on as it is, has its base model there.
+    """
+
+    fine_tuning_job_id: str | None = Field(None, max_length=200)
+    model: str | None = Field(None, max_length=1000)
+    adapter_version: Version | None = None
+    sub_adapter_version: Version | None = Field(None, description="Another name of `adapter_version`")
+    wait: bool = Field(True, description="False: answer at once, with the state of the work")
+
+
+class ExtractRequest(AdapterRequest):
+    """Cut a sub-adapter out of a super-adapter."""
+
+    custom_config: Annotated[list[Integer], Field(max_length=100_000)] | None = Field(
+        None, description="One rank for each group and layer: index = group * layers + layer"
+    )
+    form: Literal["pattern", "uniform"] = Field(
+        "pattern",
+        description="Per-module ranks, or all of them padded with zeros to the super-adapter's rank",
+    )
+
+
+class MergeRequest(AdapterRequest):
+    """Merge an adapter into its base model; without a version, the adapter as it was trained."""
+
+
+class AdapterAnswer(BaseModel):
+    """The work's state and, once it succeeded, its result (``path`` and what else there is to say)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    fine_tuning_job_id: str | None
+    id: str
+    object: Literal["fine_tuning.extract", "fine_tuning.merge"]
+    created_at: int
+    status: str
+    model: str | None
+    adapter_version: str | None
+    path: str
+    fine_tuned_model: str | None
+    warnings: list[str]

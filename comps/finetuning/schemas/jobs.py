@@ -1,0 +1,45 @@
+"""The body of ``POST /v1/fine_tuning/jobs``: OpenAI's fields, and OPEA's three blocks beside them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from comps.finetuning.schemas.dataset import DatasetBlock
+from comps.finetuning.schemas.general import GeneralBlock
+from comps.finetuning.schemas.hyperparameters import Hyperparameters, Integration, Method
+from comps.finetuning.schemas.tolerant import Tolerant
+from comps.finetuning.schemas.training import Seed, TrainingBlock
+
+# What a suffix or a sub-adapter's version may look like: it becomes part of names and directories.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+
+
+class JobRequest(Tolerant):
+    """See the module. ``General.base_model`` may stand in for ``model``."""
+
+    model: str | None = Field(None, description="A base model: `org/name`, or a registered id")
+    training_file: str = Field(
+        min_length=1, max_length=1024, description="A file's id, or a stored file's name (the newest of it)"
+    )
+    validation_file: str | None = Field(None, max_length=1024)
+    hyperparameters: Hyperparameters | None = None
+    method: Method | None = None
+    suffix: Annotated[str, Field(pattern=NAME)] | None = None
+    seed: Seed | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
+
+    General: GeneralBlock = GeneralBlock()
+    Dataset: DatasetBlock = DatasetBlock()
+    Training: TrainingBlock = TrainingBlock()
+
+
+class JobId(Tolerant):
+    """The body of OPEA's routes about one job."""
+
+    fine_tuning_job_id: str = Field(min_length=1, max_length=200)

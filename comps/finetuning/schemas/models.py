@@ -1,0 +1,65 @@
+"""The model object of the OpenAI models API, and what registers one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from comps.finetuning.catalog import MAX_NAME, check_name
+from comps.finetuning.store.tables import ModelRow
+
+RESERVED = ("ft-job-", "ft:", "file-")  # ids that the service itself gives
+
+
+class ModelObject(BaseModel):
+    """One model that requests can name: OpenAI's fields, then ours. ``path`` is on the server."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    kind: str
+    base_model: str | None = None
+    path: str
+    job_id: str | None = None
+    details: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, row: ModelRow) -> ModelObject:
+        return cls(
+            id=row.id,
+            created=int(row.created_at),
+            owned_by=row.owner or "local",
+            kind=row.kind,
+            base_model=row.base_model,
+            path=row.path,
+            job_id=row.job_id,
+            details=row.details,
+        )
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class ModelDeleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: bool = True
+
+
+class RegisterModel(BaseModel):
+    """A directory under the models root that shall have a name. ``path`` is relative to that root."""
+
+    id: str = Field(min_length=1, max_length=MAX_NAME)
+    path: str = Field(min_length=1, max_length=1000)
+    base_model: str | None = None
+
+    @field_validator("id")
+    @classmethod
+    def _free_form(cls, value: str) -> str:
+        if value.startswith(RESERVED):
+            raise ValueError(f"the service itself gives ids that begin with {', '.join(RESERVED)}")
+        return check_name(value, "id")

@@ -1,0 +1,103 @@
+"""Bytes of files on disk: ``<data dir>/files/<file id>``, whole or not at all.
+
+A blob is written under a temporary name, flushed and renamed; then its row is committed. Deleting
+goes the other way: the row first, then the bytes. So a crash leaves at worst bytes without a row,
+which :meth:`Blobs.sweep` removes at the next start.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from comps.cores.errors import InsufficientStorage, TooLarge
+from comps.tuning.rundir import fsync_path
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_TEMPORARY = ".incoming-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def full_disk_is_507() -> Iterator[None]:
+    """Turn the operating system's word for a full disk into :class:`InsufficientStorage`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise InsufficientStorage("The service's disk is full; the upload was not kept.") from error
+        raise
+
+
+class BlobWriter:
+    """Receives one blob. ``size`` bytes with digest ``sha256`` so far."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self._path = path
+        self._limit = limit
+        self._temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+        self._digest = hashlib.sha256()
+        self.size = 0
+        with full_disk_is_507():
+            self._stream = open(self._temporary, "xb", buffering=0)  # noqa: SIM115
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises :class:`TooLarge` or :class:`InsufficientStorage`."""
+        self.size += len(data)
+        if self.size > self._limit:
+            raise TooLarge(f"The file is larger than the limit of {self._limit} bytes.", param="file")
+        with full_disk_is_507():
+            rest = memoryview(data)
+            while rest:  # an unbuffered write may take only a part
+                rest = rest[self._stream.write(rest) :]
+        self._digest.update(data)
+
+    def publish(self) -> None:
+        """Flush to the disk and give the blob its name."""
+        with full_disk_is_507():
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            os.replace(self._temporary, self._path)
+            fsync_path(self._path.parent)
+
+    def discard(self) -> None:
+        """Drop what was not published. Does nothing after :meth:`publish`."""
+        self._stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class Blobs:
+    """All blobs under one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, file_id: str) -> Path:
+        """Where the bytes of ``file_id`` are. Only ids of our own form name a path."""
+        if not _ID.fullmatch(file_id):
+            raise ValueError(f"{file_id!r} is not a file id")
+        return self.directory / file_id
+
+    def writer(self, file_id: str, limit: int) -> BlobWriter:
+        """Begin a blob of at most ``limit`` bytes; end with ``publish()`` or ``discard()``."""
+        return BlobWriter(self.path(file_id), limit)
+
+    def delete(self, file_id: str) -> None:
+        """Remove the bytes; to be called after the row's removal was committed."""
+        self.path(file_id).unlink(missing_ok=True)
+
+    def sweep(self, known: Collection[str]) -> list[str]:
+        """Remove what no row knows, and half-written blobs. For the start, before any upload."""
+        removed = [entry.name for entry in self.directory.iterdir() if entry.name not in known]
+        for name in removed:
+            (self.directory / name).unlink()
+        return sorted(removed)

@@ -1,0 +1,109 @@
+"""The database: transactions, and bringing it to the present schema.
+
+SQLite by default, in WAL mode with full synchronisation: what was answered survives a power cut.
+Every write transaction begins with ``BEGIN IMMEDIATE``, so it holds the one write lock before it
+reads anything, and a state read in it cannot change under it; readers never wait. On PostgreSQL,
+row locks (``SELECT ... FOR UPDATE``) do the same.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, create_engine, event
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.orm import Session
+
+from comps.cores.errors import InsufficientStorage, StartupError, Unavailable
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_BUSY_TIMEOUT_MS = 30_000
+# FastAPI runs plain routes on up to 40 threads; each may hold a connection, beside the dispatcher.
+_CONNECTIONS = 48
+
+
+class Database:
+    """One database, shared by all threads of the service."""
+
+    def __init__(self, url: str) -> None:
+        """Connects to nothing yet. Raises :class:`StartupError` for a URL that cannot work."""
+        try:
+            self.engine = create_engine(url, pool_size=8, max_overflow=_CONNECTIONS - 8)
+        except (ArgumentError, NoSuchModuleError, ImportError) as error:
+            raise StartupError(f"FINETUNING_DATABASE_URL cannot be used: {error}.") from error
+        if self.engine.dialect.name == "sqlite":
+            event.listen(self.engine, "connect", _configure_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        self._readers = self.engine.execution_options(begin="DEFERRED")
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A write transaction: committed at the end of the block, rolled back by an exception.
+
+        Objects stay readable after the commit. An explicit ``session.commit()`` inside the block is
+        allowed; what follows it is a new transaction. Raises :class:`InsufficientStorage` and
+        :class:`Unavailable` besides SQLAlchemy's own errors.
+        """
+        try:
+            with Session(self.engine, expire_on_commit=False) as session:
+                yield session
+                session.commit()
+        except OperationalError as error:
+            code = getattr(error.orig, "sqlite_errorcode", None)
+            if code == sqlite3.SQLITE_FULL:
+                raise InsufficientStorage("The service's disk is full; nothing was changed.") from error
+            if code == sqlite3.SQLITE_BUSY:
+                raise Unavailable("The database is busy; nothing was changed, try again.") from error
+            raise
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A consistent view for queries only; writers are neither awaited nor held up."""
+        with Session(self._readers, expire_on_commit=False) as session:
+            yield session
+
+    def migrate(self) -> None:
+        """Bring the schema to this version, in one transaction.
+
+        Raises :class:`StartupError` when the database is not ours, damaged, or newer than this code.
+        """
+        # Imported here: Alembic is only needed at the start, and takes a third of a second to import.
+        from alembic import command
+        from alembic.config import Config
+        from alembic.util import CommandError
+
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+        try:
+            with self.engine.begin() as connection:
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+        except (CommandError, DatabaseError) as error:
+            where = self.engine.url.render_as_string(hide_password=True)
+            reason = error.orig if isinstance(error, DatabaseError) else error
+            raise StartupError(f"The database {where} cannot be brought up to date: {reason}.") from error
+
+    def dispose(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def _configure_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # Python's sqlite3 would begin transactions late, and deferred
+    cursor = connection.cursor()
+    for pragma in (
+        "journal_mode = WAL",
+        "synchronous = FULL",
+        "foreign_keys = ON",
+        f"busy_timeout = {_BUSY_TIMEOUT_MS}",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('begin', 'IMMEDIATE')}")

@@ -1,0 +1,50 @@
+"""Errors of the library. Each is one sentence for the person who asked for the run.
+
+::
+
+    TuningError            anything a person can act on; ``code`` is stable, for programs
+    +-- DataError          a record, a field, a file          (invalid_training_file)
+    +-- ModelError         a base model cannot be used        (invalid_model)
+    +-- AdapterError       an adapter or configuration        (invalid_adapter)
+    +-- ResourceError      memory, disk, cores                (insufficient_resources)
+"""
+
+from __future__ import annotations
+
+
+class TuningError(Exception):
+    """Base class. ``message`` is a sentence, ``param`` the request field it is about, if any."""
+
+    code = "tuning_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process boundaries in Ray; keyword arguments need help to survive pickling.
+        return (_rebuild, (type(self), self.message, self.param))
+
+
+def _rebuild(cls: type[TuningError], message: str, param: str | None) -> TuningError:
+    return cls(message, param=param)
+
+
+class DataError(TuningError):
+    code = "invalid_training_file"
+
+
+class ModelError(TuningError):
+    code = "invalid_model"
+
+
+class AdapterError(TuningError):
+    code = "invalid_adapter"
+
+
+class ResourceError(TuningError):
+    code = "insufficient_resources"

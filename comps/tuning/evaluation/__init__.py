@@ -1,0 +1,1 @@
+"""How good a model is: generation with the training prompts, compared with the expected responses."""

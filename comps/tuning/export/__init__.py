@@ -1,0 +1,1 @@
+"""What leaves the library: sub-adapters and merged models."""

@@ -1,0 +1,169 @@
+"""Reading LoRA adapters from their files: the config, and the modules found in the tensors' shapes.
+
+Needs no torch: shapes come from the safetensors header. The ranks of an adapter are those of its
+tensors. The scale of a module is what its config declares, ``alpha / r`` (rslora: ``alpha / sqrt(r)``)
+with PEFT's ``rank_pattern`` and ``alpha_pattern``; where tensors are smaller than declared (sub-adapters
+cut out by the original NLS code, whose config is left as it was) that scale is the right one, since the
+scale of a super-adapter does not depend on the active rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from comps.tuning.errors import AdapterError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_LORA_KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.(weight|bias)")
+# Variants whose effect is not s * B A, or which change the base weights; the named field is set in them.
+_VARIANTS = (
+    "use_dora",
+    "use_bdlora",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "sparse_adapter",
+)
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted linear module: A is [rank, in_features], B [out_features, rank]."""
+
+    rank: int
+    in_features: int
+    out_features: int
+    declared_rank: int
+    alpha: float
+    scale: float
+    down: str  # the keys of A, B and B's bias
+    up: str
+    bias: str | None
+
+    @property
+    def parameters_per_rank(self) -> int:
+        return self.in_features + self.out_features
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk. ``replaced`` maps tensors that replace the base model's (modules_to_save,
+    trained biases) from their name in the base model to their key in the file."""
+
+    directory: Path
+    config: dict[str, Any]
+    modules: dict[str, LoraModule]
+    replaced: dict[str, str]
+
+    @property
+    def weights(self) -> Path:
+        return self.directory / WEIGHTS
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Read the config and the header of the adapter in ``directory``.
+
+    Raises:
+        AdapterError: files are missing, damaged or inconsistent, or the adapter is not plain LoRA.
+    """
+    config = _read_config(directory)
+    shapes = _read_shapes(directory)
+    keys: dict[str, dict[str, str]] = {}
+    replaced: dict[str, str] = {}
+    for key in shapes:
+        if match := _LORA_KEY.fullmatch(key):
+            module, part, kind = match.groups()
+            keys.setdefault(module, {})[f"{part}.{kind}"] = key
+        elif key.startswith(PREFIX) and ".lora_" not in key:
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            replaced[name] = key
+        else:
+            raise AdapterError(f"{directory.name}/{WEIGHTS} has a tensor {key!r}, which plain LoRA has not")
+    if not keys:
+        raise AdapterError(f"{directory.name}/{WEIGHTS} has no LoRA tensors")
+    modules = {name: _module(name, parts, shapes, config) for name, parts in keys.items()}
+    return Adapter(directory, config, modules, replaced)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{directory.name}/{CONFIG} does not describe a LoRA adapter")
+    for field in _VARIANTS:
+        if config.get(field):
+            raise AdapterError(f"the adapter {directory.name} uses {field}, which is not plain LoRA")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise AdapterError(
+            f"the adapter {directory.name} was initialised with {config['init_lora_weights']}, which changes "
+            "the base weights; convert it to plain LoRA first"
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise AdapterError(f"{directory.name}/{CONFIG} has r={rank!r} and lora_alpha={alpha!r}")
+    return config
+
+
+def _read_shapes(directory: Path) -> dict[str, list[int]]:
+    path = directory / WEIGHTS
+    if not path.is_file():
+        pickled = (directory / "adapter_model.bin").is_file()
+        hint = "; adapter_model.bin is a pickle, which is not read: save it as safetensors" if pickled else ""
+        raise AdapterError(f"{directory.name} has no {WEIGHTS}{hint}")
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return {key: list(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{directory.name}/{WEIGHTS} is damaged: {error}") from error
+
+
+def _module(
+    name: str, parts: Mapping[str, str], shapes: Mapping[str, list[int]], config: Mapping[str, Any]
+) -> LoraModule:
+    if "A.weight" not in parts or "B.weight" not in parts:
+        raise AdapterError(f"the adapter's module {name!r} lacks its A or B")
+    down, up = shapes[parts["A.weight"]], shapes[parts["B.weight"]]
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+        raise AdapterError(f"the adapter's module {name!r} has A {down} and B {up}, which do not fit")
+    declared = int(pattern_value(config.get("rank_pattern"), name, config["r"]))
+    alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    if down[0] > declared:
+        raise AdapterError(f"the adapter's module {name!r} has rank {down[0]}, its config says {declared}")
+    scale = alpha / (math.sqrt(declared) if config.get("use_rslora") else declared)
+    keys = (parts["A.weight"], parts["B.weight"], parts.get("B.bias"))
+    return LoraModule(down[0], down[1], up[0], declared, alpha, scale, *keys)
+
+
+def pattern_value(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The value of the first pattern that matches the end of a module's path, as PEFT looks it up."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of an adapter. Raises :class:`AdapterError` when it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise AdapterError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise AdapterError(f"{path.parent.name}/{path.name} is not JSON: {error}") from error

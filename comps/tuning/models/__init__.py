@@ -1,0 +1,1 @@
+"""Base models: loading them safely, and making them out of GGUF files."""

@@ -1,0 +1,114 @@
+"""The directory of one run: names of its files, and the writes that others may rely on.
+
+::
+
+    <directory>/
+      spec.json       what is asked (AnySpec), written by the service before the start
+      events.jsonl    one JSON object a line, appended by rank 0 and followed by the service
+      log.txt         standard output and error of the run
+      result.json     the end state, written last (atomically): its presence is the evidence
+      output/         what users get: the adapter, checkpoint-<step>/, <version>/, merged models
+      scratch/        anything half-written; may be deleted at any time when no run is active
+
+Needs no torch: the service reads these files too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SPEC = "spec.json"
+EVENTS = "events.jsonl"
+LOG = "log.txt"
+RESULT = "result.json"
+OUTPUT = "output"
+SCRATCH = "scratch"
+CHECKPOINT_PREFIX = "checkpoint-"
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that readers see the old file or the whole new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Flush a finished directory and rename it into place. ``final`` is replaced when it exists."""
+    for root, _, files in os.walk(temporary):
+        for name in files:
+            fsync_path(Path(root) / name)
+        fsync_path(Path(root))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        # A directory cannot be renamed over a non-empty one; move the old one out of the way first.
+        old = temporary.with_name(f".{final.name}.{os.getpid()}.old")
+        os.replace(final, old)
+        os.replace(temporary, final)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, final)
+    fsync_path(final.parent)
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A directory to fill; it appears under its final name whole, or not at all."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        publish_directory(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class EventWriter:
+    """Appends events to ``events.jsonl``.
+
+    A line: ``{"created_at": unix seconds, "level": "info|warn|error", "type": "message|metrics|
+    checkpoint|progress", "message": str, "data": {...}}``. Each line is flushed, so a follower sees
+    it at once; a torn last line (after a crash) is closed before the next one is written.
+    """
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path = directory / EVENTS
+        self._clock = clock
+        torn = False
+        if self._path.exists() and self._path.stat().st_size:
+            with open(self._path, "rb") as stream:
+                stream.seek(-1, os.SEEK_END)
+                torn = stream.read(1) != b"\n"
+        self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        if torn:
+            self._stream.write("\n")
+
+    def write(self, message: str, *, level: str = "info", type: str = "message", **data: Any) -> None:
+        line = {"created_at": self._clock(), "level": level, "type": type, "message": message, "data": data}
+        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()

@@ -1,0 +1,180 @@
+"""What one run is asked to do: the only thing that crosses from the service to the library.
+
+A spec is plain data in a JSON file (``spec.json`` in the run's directory). This module needs no
+torch, so that the service can build and check specs; ``python -m comps.tuning SPEC.json`` runs one.
+Secrets never go into a spec: a Hugging Face token travels as the environment variable ``HF_TOKEN``
+of the one run that needs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+
+class Spec(BaseModel):
+    """Base of all specs: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RankGroup(Spec):
+    """Modules that share one active rank within a layer, and the ranks it may take.
+
+    ``modules`` are last path components (``"q_proj"``), ``ranks`` descending and unique.
+    """
+
+    modules: tuple[str, ...] = Field(min_length=1)
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _descending(self) -> RankGroup:
+        if list(self.ranks) != sorted(set(self.ranks), reverse=True):
+            raise ValueError(f"ranks must be unique and descending, not {list(self.ranks)}")
+        return self
+
+
+class LoraSpec(Spec):
+    """A LoRA adapter; with ``groups`` it is an NLS super-adapter of maximal rank ``r``."""
+
+    r: int = Field(8, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    # None: PEFT's default modules for the architecture. Modules of groups are always targets.
+    target_modules: tuple[str, ...] | None = None
+    use_rslora: bool = False
+    groups: tuple[RankGroup, ...] = ()
+    # Sample once per optimizer step (default) or once per micro-batch, as the original does.
+    sample_per: Literal["step", "micro_batch"] = "step"
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> LoraSpec:
+        for index, group in enumerate(self.groups):
+            if group.ranks[0] > self.r:
+                raise ValueError(f"group {index} has rank {group.ranks[0]} above r={self.r}")
+        return self
+
+
+class ModelSpec(Spec):
+    """A base model: ``path`` is a local directory, or a hub id when ``local`` is false."""
+
+    name: str
+    path: str
+    local: bool = True
+    trust_remote_code: bool = False
+
+
+class DataSpec(Spec):
+    """Where the records are and how they become token rows.
+
+    ``*_file`` are paths; ``*_name`` are the client's names for them, used in messages only.
+    ``mask_input``: the prompt (instruction and input) carries no loss.
+    ``mask_response``: OPEA's switch. True (default) keeps the loss on the response; see
+    ``comps.tuning.data.masking`` for the exact meaning of the pair.
+    """
+
+    train_file: Path
+    train_name: str = ""
+    validation_file: Path | None = None
+    validation_name: str = ""
+    validation_split_percentage: float = Field(5, ge=0, lt=100)
+    max_length: int = Field(512, ge=2)
+    max_source_length: int = Field(384, ge=1)
+    mask_input: bool = True
+    mask_response: bool = True
+    padding_side: Literal["left", "right"] = "right"
+    truncation_side: Literal["left", "right"] = "right"
+    pad_to_max: bool = False
+    # Pretraining: concatenate texts and cut them into blocks of block_size tokens.
+    group: bool = True
+    block_size: int = Field(512, ge=2)
+    shuffle: bool = True
+    max_train_samples: int | None = Field(None, ge=1)
+    max_eval_samples: int | None = Field(None, ge=1)
+
+
+class OptimizationSpec(Spec):
+    """How the adapter is optimised. Rates and counts are per optimizer step unless said otherwise."""
+
+    epochs: float = Field(1, gt=0)
+    batch_size: int = Field(2, ge=1)  # rows per worker and micro-batch
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_train_steps: int | None = Field(None, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    lr_scheduler: str = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0, ge=0)
+    optimizer: str = "adamw_torch"
+    logging_steps: int = Field(10, ge=1)
+    save_strategy: Literal["no", "epoch", "steps"] = "steps"
+    save_steps: int | None = Field(None, ge=1)  # None: a tenth of the run
+    save_total_limit: int | None = Field(None, ge=1)
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    seed: int = 42
+
+
+class ResourcesSpec(Spec):
+    """What each of the workers gets. ``cpus`` None: all cores of the node it lands on."""
+
+    num_workers: int = Field(1, ge=1)
+    cpus: int | None = Field(None, ge=1)
+    gpus: float = Field(0, ge=0)
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class TrainSpec(Spec):
+    """Train one adapter. ``directory`` is the run's directory (see ``comps.tuning.rundir``)."""
+
+    kind: Literal["train"] = "train"
+    job_id: str
+    directory: Path
+    task: Literal["instruction_tuning", "pretraining"] = "instruction_tuning"
+    base_model: ModelSpec
+    lora: LoraSpec
+    data: DataSpec
+    training: OptimizationSpec
+    resources: ResourcesSpec = ResourcesSpec()
+    # A checkpoint directory to start from; the run's own newest good checkpoint comes first.
+    resume_from: Path | None = None
+
+
+class ExtractSpec(Spec):
+    """Cut the sub-adapter ``version`` out of a super-adapter's directory.
+
+    ``config`` gives one rank per group, group-major then layer, and is needed for versions that
+    are not ``maximal``, ``heuristic`` or ``minimal``. ``form``: ``pattern`` keeps per-module ranks
+    (stock PEFT), ``uniform`` pads with zeros to the super-adapter's rank.
+    """
+
+    kind: Literal["extract"] = "extract"
+    job_id: str
+    directory: Path
+    super_adapter: Path
+    version: str
+    config: tuple[int, ...] | None = None
+    form: Literal["pattern", "uniform"] = "pattern"
+    output: Path
+
+
+class MergeSpec(Spec):
+    """Merge an adapter directory (any rank form) into its base model; the result goes to ``output``."""
+
+    kind: Literal["merge"] = "merge"
+    job_id: str
+    directory: Path
+    adapter: Path
+    base_model: ModelSpec
+    output: Path
+
+
+AnySpec = Annotated[TrainSpec | ExtractSpec | MergeSpec, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[TrainSpec | ExtractSpec | MergeSpec] = TypeAdapter(AnySpec)
+
+
+def load_spec(path: Path) -> TrainSpec | ExtractSpec | MergeSpec:
+    """Read a spec file. Raises ``pydantic.ValidationError`` for anything that is not a spec."""
+    return _ADAPTER.validate_json(path.read_bytes())

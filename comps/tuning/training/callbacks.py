@@ -1,0 +1,144 @@
+"""What happens between the steps of transformers' Trainer: ranks, progress, checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from comps.tuning import rundir
+from comps.tuning.elastic.model import ElasticController
+from comps.tuning.elastic.sampler import sample
+from comps.tuning.training import checkpoints
+
+
+class RankSampler(TrainerCallback):  # type: ignore[misc]
+    """Activates one random sub-adapter for each optimizer step, or each micro-batch.
+
+    The draw depends on (seed, step) alone: every data-parallel worker and a resumed run draw the same.
+    """
+
+    def __init__(self, controller: ElasticController, seed: int, per_micro_batch: bool = False) -> None:
+        self._controller, self._seed, self._per_micro_batch = controller, seed, per_micro_batch
+        self._micro = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._micro = 0
+        self._activate(state, args)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._per_micro_batch:
+            self._micro += 1
+            self._activate(state, args)
+
+    def _activate(self, state: TrainerState, args: TrainingArguments) -> None:
+        draw = state.global_step
+        if self._per_micro_batch:
+            draw = draw * args.gradient_accumulation_steps + self._micro
+        self._controller.set(sample(self._controller.space, self._seed, draw))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._controller.maximal()
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Rank 0's events: loss, rate, tokens and time left at every logging step; evaluations."""
+
+    def __init__(self, events: rundir.EventWriter) -> None:
+        self._events = events
+        self._started = (0.0, 0)  # time and step at which this process began to train
+        self._tokens = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._started = (time.monotonic(), state.global_step)
+        self._tokens = state.num_input_tokens_seen
+        self._events.write(
+            f"Training from step {state.global_step} to {state.max_steps}",
+            type="progress", step=state.global_step, total_steps=state.max_steps,
+        )  # fmt: skip
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        began, first = self._started
+        if state.global_step == first + 1:
+            seconds = time.monotonic() - began
+            self._events.write(
+                f"First step done in {seconds:.1f} s",
+                type="progress", step=state.global_step, total_steps=state.max_steps,
+                seconds_left=round(seconds * (state.max_steps - state.global_step), 1),
+            )  # fmt: skip
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, float], **_: Any,
+    ) -> None:  # fmt: skip
+        if "eval_loss" in logs:
+            loss = logs["eval_loss"]
+            self._events.write(
+                f"Step {state.global_step}: validation loss={loss:.4f}",
+                type="metrics", step=state.global_step, valid_loss=loss,
+            )  # fmt: skip
+        elif "loss" in logs:
+            began, first = self._started
+            seconds, steps = time.monotonic() - began, state.global_step - first
+            left = seconds / steps * (state.max_steps - state.global_step)
+            tokens_per_second = (state.num_input_tokens_seen - self._tokens) / seconds
+            self._events.write(
+                f"Step {state.global_step}/{state.max_steps}: training loss={logs['loss']:.4f}, "
+                f"{tokens_per_second:.0f} tokens/s, {left:.0f} s left",
+                type="metrics", step=state.global_step, total_steps=state.max_steps, epoch=state.epoch,
+                train_loss=logs["loss"], learning_rate=logs["learning_rate"], grad_norm=logs.get("grad_norm"),
+                trained_tokens=state.num_input_tokens_seen, tokens_per_second=round(tokens_per_second, 1),
+                seconds_left=round(left, 1),
+            )  # fmt: skip
+
+
+class CheckpointPublisher(TrainerCallback):  # type: ignore[misc]
+    """Moves what the Trainer saved under the scratch directory to its final name, whole and sealed.
+
+    All workers wait for each other first: each writes its own random state into the checkpoint.
+    ``events`` is ``None`` on all ranks but 0.
+    """
+
+    def __init__(self, output: Path, events: rundir.EventWriter | None, keep: int | None) -> None:
+        self._output, self._events, self._keep = output, events, keep
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if self._events is None:
+            return
+        step = state.global_step
+        written = Path(args.output_dir) / f"{rundir.CHECKPOINT_PREFIX}{step}"
+        metrics = self._metrics(state)
+        final = checkpoints.publish(written, self._output, step, metrics)
+        self._events.write(
+            f"Checkpoint at step {step}", type="checkpoint", step=step, path=str(final), metrics=metrics
+        )
+        if self._keep:
+            for old in list(checkpoints.steps(self._output).values())[: -self._keep]:
+                shutil.rmtree(old)
+
+    @staticmethod
+    def _metrics(state: TrainerState) -> dict[str, Any]:
+        """The newest training loss, and the validation loss if it was measured at this very step."""
+        metrics: dict[str, Any] = {"step": state.global_step}
+        for entry in reversed(state.log_history):
+            if "loss" in entry:
+                metrics.setdefault("train_loss", entry["loss"])
+            if "eval_loss" in entry and entry["step"] == state.global_step:
+                metrics.setdefault("valid_loss", entry["eval_loss"])
+        return metrics

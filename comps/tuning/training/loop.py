@@ -1,0 +1,192 @@
+"""Train one adapter: what each data-parallel worker does, from the spec to the finished output.
+
+With one worker this is an ordinary function call. With several, the process group must exist already
+(Ray Train makes it, see ``on_ray``); rank 0 alone writes events and files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from comps.tuning import rundir
+from comps.tuning.data.collate import Collator
+from comps.tuning.data.dataset import TokenisedData, build_datasets
+from comps.tuning.elastic.model import ElasticController, build_adapter
+from comps.tuning.elastic.space import SearchSpace
+from comps.tuning.errors import TuningError
+from comps.tuning.models.load import load_base_model, load_tokenizer
+from comps.tuning.spec import TrainSpec
+from comps.tuning.training import checkpoints, facts
+from comps.tuning.training.arguments import training_arguments
+from comps.tuning.training.callbacks import CheckpointPublisher, Progress, RankSampler
+from comps.tuning.training.finish import write_output
+from comps.tuning.training.trainer import TuningTrainer
+
+
+def train(spec: TrainSpec, rank: int = 0) -> dict[str, Any]:
+    """Run the job ``spec`` in this process as worker ``rank``. Returns the result (on every rank).
+
+    Resumes from the run's own newest good checkpoint, else from ``spec.resume_from``.
+    Raises :class:`TuningError` with a sentence for whatever a person can act on.
+    """
+    with _only_writer(spec.directory, rank):
+        return _train(spec, rank)
+
+
+def _train(spec: TrainSpec, rank: int) -> dict[str, Any]:
+    began = time.monotonic()
+    output, scratch = spec.directory / rundir.OUTPUT, spec.directory / rundir.SCRATCH
+    events = None
+    if rank == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        output.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir()
+        events = rundir.EventWriter(spec.directory)
+    if spec.resources.cpus:
+        torch.set_num_threads(spec.resources.cpus)
+    if events:
+        machine = facts.machine()
+        events.write(
+            f"Training with {spec.resources.num_workers} worker(s), {machine['threads']} thread(s) each, "
+            f"on {facts.optional_stack()}",
+            machine=machine, versions=facts.versions(),
+        )  # fmt: skip
+    set_seed(spec.training.seed)
+
+    tokenizer = load_tokenizer(spec.base_model)
+    data = build_datasets(spec.data, spec.task, tokenizer, spec.training.seed)
+    if events:
+        _report_data(events, data, time.monotonic() - began)
+    mark = time.monotonic()
+    model = load_base_model(spec.base_model, device=spec.resources.device)
+    loaded = time.monotonic()
+    model, space, controller = build_adapter(model, spec.lora)
+    if events:
+        _report_model(events, spec, model, space, loaded - mark, time.monotonic() - loaded)
+
+    resume = _resume_point(spec, output, events)
+    trainer = TuningTrainer(
+        model=model,
+        args=training_arguments(spec, scratch, len(data.train), data.validation is not None),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=Collator(
+            tokenizer.pad_token_id,
+            spec.data.padding_side,
+            spec.data.max_length if spec.data.pad_to_max else None,
+        ),
+        controller=controller,
+        shuffle=spec.data.shuffle,
+        callbacks=_callbacks(spec, controller, events, output),
+    )
+    if events and resume is None:
+        events.write(f"Set-up took {time.monotonic() - began:.1f} s; the first step follows")
+    trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+    result = {
+        "path": str(output),
+        "steps": trained.global_step,
+        "trained_tokens": int(trainer.state.num_input_tokens_seen),
+        "train_loss": _last(trainer.state.log_history, "loss"),
+        "valid_loss": _last(trainer.state.log_history, "eval_loss"),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+    if events:
+        write_output(spec, model, tokenizer, space, result)
+        shutil.rmtree(scratch)
+        events.write(f"The adapter is written: {trained.global_step} steps in {result['seconds']} s")
+        events.close()
+    return result
+
+
+@contextmanager
+def _only_writer(directory: Path, rank: int) -> Iterator[None]:
+    """Hold the run's directory. An older attempt that still lives is waited for, never written beside."""
+    if rank:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TuningError("another process is still training this very job") from None
+                time.sleep(0.2)
+        yield
+
+
+def _callbacks(
+    spec: TrainSpec, controller: ElasticController | None, events: rundir.EventWriter | None, output: Path
+) -> list[Any]:
+    callbacks: list[Any] = [CheckpointPublisher(output, events, spec.training.save_total_limit)]
+    if controller is not None:
+        per_micro_batch = spec.lora.sample_per == "micro_batch"
+        callbacks.append(RankSampler(controller, spec.training.seed, per_micro_batch))
+    if events is not None:
+        callbacks.append(Progress(events))
+    return callbacks
+
+
+def _resume_point(spec: TrainSpec, output: Path, events: rundir.EventWriter | None) -> Path | None:
+    """The checkpoint to go on from. Damaged ones are passed over, and an event says so."""
+    found = checkpoints.newest_good(output)
+    if events:
+        for path, reason in found.damaged.items():
+            events.write(f"{path.name} is damaged and not used: {reason}", level="warn")
+        if found.path:
+            events.write(f"Resuming from {found.path.name}")
+    if found.path is None and spec.resume_from is not None:
+        if reason := checkpoints.damage(spec.resume_from):
+            raise TuningError(
+                f"the checkpoint {spec.resume_from.name} cannot be used: {reason}",
+                param="General.resume_from_checkpoint",
+            )
+        if events:
+            events.write(f"Starting from {spec.resume_from.name} of another job")
+        return spec.resume_from
+    return found.path
+
+
+def _report_data(events: rundir.EventWriter, data: TokenisedData, seconds: float) -> None:
+    report = data.report
+    events.write(
+        f"{report.train_rows} training rows, {report.train_tokens} tokens, {report.validation_rows} "
+        f"validation rows (read and tokenised in {seconds:.1f} s)",
+        rows=report.train_rows, tokens=report.train_tokens, validation_rows=report.validation_rows,
+    )  # fmt: skip
+    for warning in report.warnings:
+        events.write(warning, level="warn")
+
+
+def _report_model(
+    events: rundir.EventWriter,
+    spec: TrainSpec,
+    model: Any,
+    space: SearchSpace | None,
+    load: float,
+    adapt: float,
+) -> None:
+    trainable, total = model.get_nb_trainable_parameters()
+    adapter = f"NLS super-adapter with {space.describe()}" if space else "LoRA adapter"
+    events.write(
+        f"Loaded {spec.base_model.name} ({total - trainable:,} parameters) in {load:.1f} s; "
+        f"{adapter}, {trainable:,} parameters, set up in {adapt:.2f} s",
+        parameters=total - trainable, trainable_parameters=trainable, setup_seconds=round(adapt, 3),
+    )  # fmt: skip
+
+
+def _last(history: list[dict[str, float]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(history) if key in entry), None)

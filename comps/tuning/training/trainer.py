@@ -1,0 +1,108 @@
+"""transformers' Trainer with our batches and our validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from comps.tuning.data.batching import LengthGroupedSampler
+from comps.tuning.elastic.model import ElasticController
+
+
+class RankBatches(Sampler[list[int]]):
+    """This worker's rows of every global micro-batch.
+
+    ``order`` gives row indices; each run of ``global_batch`` of them is one micro-batch of all workers, and
+    worker ``rank`` of ``world`` takes every ``world``-th row of it. So one worker and several see the
+    same global batches. The last batch is smaller when the rows don't divide; it is dropped when it
+    has fewer rows than there are workers, since each needs one.
+    """
+
+    def __init__(self, order: LengthGroupedSampler, global_batch: int, rank: int, world: int) -> None:
+        self._order, self._size, self._rank, self._world = order, global_batch, rank, world
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = list(self._order)
+        for start in range(0, len(rows), self._size):
+            batch = rows[start : start + self._size]
+            if len(batch) >= self._world:
+                yield batch[self._rank :: self._world]
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self._order), self._size)
+        return full + (rest >= self._world)
+
+
+class _EpochSetter(TrainerCallback):  # type: ignore[misc]
+    """Tells our batches which epoch begins: the Trainer only tells samplers that accelerate has wrapped."""
+
+    def __init__(self, batches: RankBatches) -> None:
+        self._batches = batches
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._batches.set_epoch(int(state.epoch or 0))
+
+
+class TuningTrainer(Trainer):  # type: ignore[misc]
+    """``train_dataset`` and ``eval_dataset`` are :class:`TokenRows`.
+
+    ``controller``: the elastic ranks, or ``None``; validation runs at the maximal configuration.
+    """
+
+    def __init__(self, *, controller: ElasticController | None, shuffle: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._controller = controller
+        args = self.args
+        rows = args.per_device_train_batch_size * args.world_size
+        order = LengthGroupedSampler(
+            self.train_dataset.lengths, rows * args.gradient_accumulation_steps, args.seed, shuffle
+        )
+        self._batches = RankBatches(order, rows, args.process_index, args.world_size)
+        self.add_callback(_EpochSetter(self._batches))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The mean loss of one label token over the whole validation set, exact also for uneven batches
+        and several workers."""
+        if self._controller is None:
+            loss = self._validation_loss()
+        else:
+            with self._controller.at(self._controller.space.maximal):
+                loss = self._validation_loss()
+        metrics = {"eval_loss": loss}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        rows = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        by_length = sorted(rows, key=self.eval_dataset.lengths.__getitem__)
+        size = self.args.per_device_eval_batch_size
+        sums = torch.zeros(2, dtype=torch.float64)
+        self.model.eval()
+        for start in range(0, len(by_length), size):
+            batch = self.data_collator([self.eval_dataset[row] for row in by_length[start : start + size]])
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            if tokens:
+                batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+                with self.compute_loss_context_manager():
+                    loss = self.model(**batch).loss
+                sums += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
+        self.model.train()
+        if self.args.world_size > 1:
+            sums = sums.to(self.args.device)
+            torch.distributed.all_reduce(sums)
+        return float(sums[0] / sums[1])

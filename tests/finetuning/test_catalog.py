@@ -1,0 +1,155 @@
+"""Names of base models, and what is said of their directories before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fixtures_models import save_tiny_model
+
+from comps.cores.errors import InvalidRequest, NotFound
+from comps.finetuning import catalog
+from comps.finetuning.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_tiny_model(root / "org" / "tiny")
+    save_tiny_model(root / "bare", tokenizer=False)
+    return root
+
+
+def settings(root: Path, *, offline: bool = True) -> Settings:
+    return Settings(data_dir=root.parent / "data", models_dir=root, hf_hub_offline=offline)
+
+
+def test_models_under_the_root_are_found_and_listed(root: Path) -> None:
+    assert catalog.list_local_models(root) == ["bare", "org/tiny"]
+    assert catalog.find_local_model(root, "org/tiny") == root / "org" / "tiny"
+    assert catalog.find_local_model(root, "org/none") is None
+    spec = catalog.resolve(settings(root), "org/tiny")
+    assert (spec.name, spec.path, spec.local) == ("org/tiny", str(root / "org" / "tiny"), True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "..", "../outside", "org/../../outside", "/etc", "org\\tiny", "org/tiny\0", "./bare", "bare/",
+        "http://host/model", "file:///etc", "C:/models", "org//tiny", "%2e%2e/outside", "a" * 300, "módel",
+        "bare\n", "~/model", "-rf",
+    ],
+)  # fmt: skip
+def test_what_is_not_a_name_is_refused_with_a_sentence(root: Path, name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        catalog.resolve(settings(root), name)
+    assert caught.value.param == "model"
+
+
+def test_a_link_out_of_the_root_is_refused(root: Path, tmp_path: Path) -> None:
+    outside = save_tiny_model(tmp_path / "outside", tokenizer=False)
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "link").symlink_to(outside)
+    with pytest.raises(InvalidRequest, match="leads out"):
+        catalog.find_local_model(models, "link")
+
+
+def test_a_missing_model_is_not_found_and_the_places_are_named(root: Path) -> None:
+    with pytest.raises(NotFound, match=r"models root.*Hugging Face cache.*HF_HUB_OFFLINE") as caught:
+        catalog.resolve(settings(root), "org/none")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    spec = catalog.resolve(settings(root, offline=False), "org/none")
+    assert (spec.local, spec.path) == (False, "org/none")
+
+
+def test_module_names_come_from_the_weights_headers(root: Path) -> None:
+    names = catalog.module_names(root / "org" / "tiny")
+    assert "model.layers.1.self_attn.q_proj" in names
+    assert "model.layers.0.mlp.down_proj" in names
+    assert not any("norm" in name for name in names)
+
+
+def test_a_model_without_a_tokenizer_can_be_merged_into_and_not_trained(root: Path) -> None:
+    catalog.check_trainable(root / "org" / "tiny")
+    catalog.check_mergeable(root / "bare")
+    with pytest.raises(InvalidRequest, match="no tokenizer"):
+        catalog.check_trainable(root / "bare")
+
+
+def test_damaged_models_are_told_apart(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+
+    def refusal() -> str:
+        with pytest.raises(InvalidRequest) as caught:
+            catalog.check_trainable(model)
+        assert caught.value.code == "invalid_model"
+        return caught.value.message
+
+    weights.write_bytes(whole[:-100])
+    assert "truncated weights file, model.safetensors" in refusal()
+    weights.write_bytes(b"\xff" * 100)
+    assert "damaged weights file" in refusal()
+    for header in ([], {"a": 5}, {"a": {"shape": [1]}}):
+        text = json.dumps(header).encode()
+        weights.write_bytes(len(text).to_bytes(8, "little") + text)
+        assert "damaged weights file" in refusal()
+    weights.rename(model / "pytorch_model.bin")
+    assert "no safetensors weights; pickled" in refusal()
+    (model / "config.json").write_text("{")
+    assert "not valid JSON" in refusal()
+    (model / "config.json").unlink()
+    assert "no config.json" in refusal()
+
+
+def test_an_index_that_names_missing_shards_is_refused(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    catalog.check_trainable(model)
+    for content, message in [
+        ('{"weight_map": {"a": "model-2.safetensors"}}', "lacks the weights file model-2.safetensors"),
+        ('{"weight_map": []}', "damaged model.safetensors.index.json"),
+        ("[]", "damaged"),
+    ]:
+        index.write_text(content)
+        with pytest.raises(InvalidRequest, match=message):
+            catalog.check_trainable(model)
+
+
+def test_a_hub_that_does_not_answer_is_unavailable(tmp_path: Path) -> None:
+    script = (
+        "from comps.finetuning.catalog import check_on_hub\n"
+        "from comps.cores.errors import Unavailable\n"
+        "try: check_on_hub('org/none', None)\n"
+        "except Unavailable as error: print(error)"
+    )
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "could not be asked for the model 'org/none'" in run.stdout
+
+
+def test_a_cached_snapshot_is_used_without_a_network(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    repository = tmp_path / "models--org--cached"
+    snapshot = repository / "snapshots" / "abc"
+    save_tiny_model(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    spec = catalog.resolve(settings(root), "org/cached")
+    assert (spec.path, spec.local) == (str(snapshot), True)
+
+
+def test_the_hub_library_is_imported_only_when_it_is_needed() -> None:
+    script = "import comps.finetuning.catalog, sys; sys.exit('huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,164 @@
+"""The whole path with a real service, a real Ray and a tiny model: upload, train, extract, merge."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from fixtures_models import save_tiny_model
+from service_process import ServiceProcess
+from transformers import AutoModelForCausalLM
+
+MODEL = "tiny/llama"
+RECORDS = [
+    {"instruction": "Say the number.", "input": str(number), "output": f"number {number}"} for number in range(48)
+]
+NLS_JOB = {
+    "model": MODEL,
+    "General": {
+        "lora_config": {
+            "r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0,
+            "neural_lora_search": True,
+            "target_module_groups": [["q_proj", "k_proj", "v_proj"], ["up_proj"], ["down_proj"]],
+            "search_space": ["8,6,4", "8,4", [8, 4, 2]],
+        }
+    },
+    "Dataset": {"validation_split_percentage": 10},
+    "Training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def ray_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    directory = tmp_path_factory.mktemp("ray_service")
+    save_tiny_model(directory / "data" / "models" / MODEL)
+    with closing(ServiceProcess(directory, ray=True)) as service:
+        yield service
+
+
+def upload(service: ServiceProcess, records: list[dict[str, Any]] = RECORDS, name: str = "numbers.json") -> str:
+    content = json.dumps(records).encode()
+    return service.openai.files.create(file=(name, content), purpose="fine-tune").id
+
+
+def wait(service: ServiceProcess, job_id: str, timeout: float = 120) -> dict[str, Any]:
+    """The job once it has ended."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        job: dict[str, Any] = service.http.get(f"/v1/fine_tuning/jobs/{job_id}").json()
+        if job["status"] in ("succeeded", "failed", "cancelled"):
+            return job
+        time.sleep(0.3)
+    logs = service.http.get(f"/v1/fine_tuning/jobs/{job_id}/logs").text
+    raise AssertionError(f"{job_id} is still {job['status']} after {timeout} s\n{logs[-5000:]}\n{service.log[-3000:]}")
+
+
+def create(service: ServiceProcess, file_id: str, **changes: Any) -> str:
+    response = service.http.post("/v1/fine_tuning/jobs", json={**NLS_JOB, "training_file": file_id, **changes})
+    assert response.status_code == 200, response.text
+    return str(response.json()["id"])
+
+
+@pytest.fixture(scope="module")
+def finished(ray_server: ServiceProcess) -> dict[str, Any]:
+    """An NLS job that has run to its end."""
+    job = wait(ray_server, create(ray_server, upload(ray_server)))
+    assert job["status"] == "succeeded", job["error"]
+    return job
+
+
+def output_of(service: ServiceProcess, job: dict[str, Any]) -> Path:
+    return service.data_dir / "jobs" / job["id"] / "output"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def base_model(service: ServiceProcess) -> Any:
+    return AutoModelForCausalLM.from_pretrained(service.models_dir / MODEL, dtype=torch.float32)
+
+
+def test_an_nls_job_ends_with_a_stock_peft_adapter_and_its_search_space(
+    ray_server: ServiceProcess, finished: dict[str, Any]
+) -> None:
+    output = output_of(ray_server, finished)
+    names = {path.name for path in output.iterdir()}
+    assert names >= {
+        "adapter_config.json", "adapter_model.safetensors", "nncf_config.json", "elastic_adapter_config.json",
+        "tokenizer.json", "training_manifest.json",
+    }  # fmt: skip
+    assert finished["fine_tuned_model"] and finished["trained_tokens"] > 0
+    adapted = peft.PeftModel.from_pretrained(base_model(ray_server), output)
+    assert not torch.allclose(logits(adapted), logits(base_model(ray_server)), atol=1e-3)
+
+
+def test_the_official_client_sees_the_job_its_events_and_its_checkpoints(
+    ray_server: ServiceProcess, finished: dict[str, Any]
+) -> None:
+    jobs = ray_server.openai.fine_tuning.jobs
+    job = jobs.retrieve(finished["id"])
+    assert job.status == "succeeded" and job.fine_tuned_model == finished["fine_tuned_model"]
+    messages = [event.message for event in jobs.list_events(finished["id"], limit=100)]
+    assert any("thread(s)" in message for message in messages)
+    assert any("training loss" in message for message in messages)
+    steps = [each.step_number for each in jobs.checkpoints.list(finished["id"])]
+    assert steps and max(steps) == 22
+    newest = next(each for each in jobs.checkpoints.list(finished["id"]) if each.step_number == 22)
+    assert newest.metrics.train_loss is not None and newest.metrics.valid_loss is not None
+    assert finished["fine_tuned_model"] in [model.id for model in ray_server.openai.models.list()]
+
+
+def test_the_loss_goes_down(ray_server: ServiceProcess, finished: dict[str, Any]) -> None:
+    events = ray_server.openai.fine_tuning.jobs.list_events(finished["id"], limit=100)
+    losses = [event.data["train_loss"] for event in events if event.type == "metrics" and "train_loss" in event.data]
+    assert losses[0] < 0.7 * losses[-1]  # newest first
+
+
+@pytest.mark.parametrize("version", ["heuristic", "minimal", "mine"])
+def test_an_extracted_sub_adapter_and_its_merged_model_compute_the_same(
+    ray_server: ServiceProcess, finished: dict[str, Any], version: str
+) -> None:
+    body: dict[str, Any] = {"fine_tuning_job_id": finished["id"], "adapter_version": version}
+    if version == "mine":
+        body["custom_config"] = [8, 4, 4, 8, 2, 8]
+    extracted = ray_server.http.post("/v1/finetune/extract_adapter", json=body)
+    assert extracted.status_code == 200, extracted.text
+    answer = extracted.json()
+    assert answer["fine_tuning_job_id"] == finished["id"] and answer["adapter_version"] == version
+    expected = {"heuristic": [6, 6, 8, 8, 4, 4], "minimal": [4, 4, 4, 4, 2, 2], "mine": [8, 4, 4, 8, 2, 8]}
+    assert [group["rank"] for group in answer["groups"]] == expected[version]
+
+    body.pop("custom_config", None)
+    merged = ray_server.http.post("/v1/finetune/merge_adapter", json=body)
+    assert merged.status_code == 200, merged.text
+    assert Path(merged.json()["path"]) == Path(answer["path"]) / "merged_model"
+    adapted = peft.PeftModel.from_pretrained(base_model(ray_server), answer["path"])
+    whole = AutoModelForCausalLM.from_pretrained(merged.json()["path"], dtype=torch.float32)
+    torch.testing.assert_close(logits(whole), logits(adapted), atol=1e-5, rtol=1e-4)
+
+
+def test_a_cancelled_job_stops_and_stays_cancelled(ray_server: ServiceProcess) -> None:
+    job_id = create(ray_server, upload(ray_server), Training={**NLS_JOB["Training"], "epochs": 5000})
+    deadline = time.monotonic() + 60
+    while not ray_server.http.get(f"/v1/fine_tuning/jobs/{job_id}").json()["progress"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert ray_server.openai.fine_tuning.jobs.cancel(job_id).status == "cancelled"
+    log = ray_server.data_dir / "jobs" / job_id / "events.jsonl"
+    time.sleep(10)
+    size = log.stat().st_size
+    time.sleep(2)
+    assert log.stat().st_size == size, "the run still writes events"
+    assert ray_server.http.get(f"/v1/fine_tuning/jobs/{job_id}").json()["status"] == "cancelled"

@@ -1,0 +1,78 @@
+"""The examples make what they say, and the shipped data is what they make."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comps.tuning.data.records import validate_file
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    command = [sys.executable, EXAMPLES / script, *arguments]
+    environment = {"PYTHONPATH": str(EXAMPLES.parent)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def load(name: str) -> list[dict[str, str]]:
+    records: list[dict[str, str]] = json.loads((EXAMPLES / "data" / name).read_text(encoding="utf-8"))
+    return records
+
+
+def test_the_shipped_bookings_are_what_the_generator_makes(tmp_path: Path) -> None:
+    run("make_bookings.py", tmp_path)
+    for name in ("bookings_train.json", "bookings_test.json"):
+        assert (tmp_path / name).read_bytes() == (EXAMPLES / "data" / name).read_bytes()
+        assert validate_file(tmp_path / name, name, "instruction_tuning").shape == "alpaca"
+
+
+def test_the_held_out_bookings_are_new_and_their_answers_complete() -> None:
+    train, test = load("bookings_train.json"), load("bookings_test.json")
+    assert (len(train), len(test)) == (400, 100)
+    messages = [record["instruction"] for record in train + test]
+    assert len(set(messages)) == 500
+    keys = {
+        "book": ["intent", "people", "day", "time", "name"],
+        "cancel": ["intent", "day", "time", "name"],
+        "order": ["intent", "count", "dish", "day", "time", "name"],
+    }
+    for record in train + test:
+        answer = json.loads(record["output"])
+        assert list(answer) == keys[answer["intent"]]
+        assert re.fullmatch(r"(1[1-9]|2[01]):(00|15|30|45)", answer["time"])
+        assert answer["name"] in record["instruction"]
+    assert {json.loads(record["output"])["intent"] for record in test} == set(keys)
+
+
+HUB = {
+    "id": "1",
+    "question": "What is red?",
+    "choices": {"text": ["Grass", "Blood ", "Snow"], "label": ["A", "B", "C"]},
+    "answerKey": "B",
+}
+INSTRUCTION = {
+    "instruction": "Please choose the correct answer to the question: What is red?\n\n"
+    "Answer1: Grass Answer2: Blood Answer3: Snow\n\nAnswer format: answer1/answer2/answer3",
+    "input": "",
+    "output": "the correct answer is answer2",
+    "answer": "answer2",
+}
+
+
+@pytest.mark.parametrize("record", [HUB, INSTRUCTION], ids=["hub", "instructions"])
+def test_arc_becomes_a_question_and_its_right_answer(tmp_path: Path, record: dict[str, Any]) -> None:
+    source, target = tmp_path / "arc.json", tmp_path / "out.json"
+    source.write_text(json.dumps([record, record]))
+    assert "2 records" in run("prepare_arc.py", target, "--file", source)
+    assert (
+        json.loads(target.read_text())
+        == [{"instruction": "What is red?", "input": "", "output": "Blood"}] * 2
+    )
