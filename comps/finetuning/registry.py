@@ -39,7 +39,6 @@ def inspect_directory(models_dir: Path, path: str) -> Found:
             check_mergeable(directory)
         except InvalidRequest as error:
             raise InvalidRequest(error.message, param="path", code=error.code) from error
-        _check_shards(directory, path)
         return Found("base", directory)
     raise _unusable(
         path, "has neither a config.json (a base model) nor an adapter_config.json (a super-adapter) in it"
@@ -85,20 +84,6 @@ def _check_super_adapter(directory: Path, path: str) -> str | None:
         _read_json(space, path)
     base = config.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
-
-
-def _check_shards(directory: Path, path: str) -> None:
-    """A sharded model has all the files that its index names."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    content = _read_json(index, path)
-    shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict):
-        raise _unusable(path, f"has an {index.name} without a weight_map")
-    missing = sorted({str(name) for name in shards.values()} - {entry.name for entry in directory.iterdir()})
-    if missing:
-        raise _unusable(path, f"lacks the weights file {missing[0]!r} that {index.name} names")
 
 
 def _read_json(file: Path, path: str) -> Any:

@@ -42,9 +42,9 @@ SUPER = {
 
 
 @pytest.fixture
-def root(server, request: pytest.FixtureRequest) -> Path:
+def root(server, tmp_path: Path) -> Path:
     """A directory of the test's own under the models root of the shared service."""
-    directory = server.models_dir / f"test-{abs(hash(request.node.name))}"
+    directory = server.models_dir / tmp_path.name
     directory.mkdir()
     return directory
 
@@ -134,9 +134,9 @@ UNUSABLE: dict[str, tuple[dict[str, Any], str]] = {
     "damaged weights": (BASE | {"model.safetensors": "x" * 99}, "damaged weights file"),
     "empty weights": (BASE | {"model.safetensors": ""}, "damaged weights file"),
     "a missing shard": (
-        BASE | {INDEX: {"weight_map": {"a": "model-2.safetensors"}}}, "lacks the weights file 'model-2.saf"
+        BASE | {INDEX: {"weight_map": {"a": "model-2.safetensors"}}}, "model-2.safetensors"
     ),
-    "a damaged index": (BASE | {INDEX: [1]}, "without a weight_map"),
+    "a damaged index": (BASE | {INDEX: [1]}, "damaged model.safetensors.index.json"),
     "no search space": (
         without(SUPER, "elastic_adapter_config.json"), "neither nncf_config.json nor elastic_adapter"
     ),

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from comps.tuning.errors import ModelError
 from comps.tuning.models import smollm2
@@ -43,20 +40,6 @@ def test_special_tokens_length_and_chat_template_come_along(converted: ModelSpec
     assert tokenizer.model_max_length == 8192
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
-
-
-def test_the_weights_are_exactly_those_of_the_file(converted: ModelSpec) -> None:
-    saved = load_file(Path(converted.path) / "model.safetensors")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2_gguf()).tensors}
-    # q and k are left out: the file keeps their rows in another order.
-    for ours, theirs in (
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-        ("self_attn.v_proj", "attn_v"),
-    ):
-        tensor = tensors[f"blk.7.{theirs}.weight"]
-        expected = gguf.dequantize(tensor.data, tensor.tensor_type)
-        assert np.array_equal(saved[f"model.layers.7.{ours}.weight"].numpy(), expected)
 
 
 def test_the_converted_model_knows_what_the_original_knows(converted: ModelSpec) -> None:

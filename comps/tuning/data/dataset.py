@@ -57,7 +57,7 @@ class TokenRows(Dataset[dict[str, list[int]]]):
         lengths: list[int] = (self._spans[:, 1] - self._spans[:, 0]).tolist()
         return lengths
 
-    def select(self, indices: Sequence[int]) -> TokenRows:
+    def select(self, indices: Sequence[int] | np.ndarray) -> TokenRows:
         """The rows at ``indices``, in that order, without copying their tokens."""
         return TokenRows(self._ids, self._learnt, self._spans[np.asarray(indices, dtype=np.int64)])
 

@@ -25,7 +25,7 @@ Numbered = Iterator[tuple[int, dict[str, Any]]]
 MAX_RECORD_BYTES = 10_000_000
 
 _CHUNK = 1 << 20
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n]+")
 _FOREIGN = {
     b"\x1f\x8b": "is compressed with gzip; send the file itself",
     b"PK\x03\x04": "is a ZIP archive; send the file in it itself",
@@ -166,7 +166,8 @@ class _Text:
     def peek(self) -> str:
         """The next character that is not whitespace, not consumed; empty at the end of the file."""
         while True:
-            self.position = _SPACE.match(self.text, self.position).end()
+            if blank := _SPACE.match(self.text, self.position):
+                self.position = blank.end()
             if self.position < len(self.text) or self.finished:
                 return self.text[self.position : self.position + 1]
             self.more(_CHUNK)
