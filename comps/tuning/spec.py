@@ -70,9 +70,7 @@ class DataSpec(Spec):
     """Where the records are and how they become token rows.
 
     ``*_file`` are paths; ``*_name`` are the client's names for them, used in messages only.
-    ``mask_input``: the prompt (instruction and input) carries no loss.
-    ``mask_response``: OPEA's switch. True (default) keeps the loss on the response; see
-    ``comps.tuning.data.masking`` for the exact meaning of the pair.
+    ``mask_input`` and ``mask_response`` say which tokens carry loss: ``comps.tuning.data.masking``.
     """
 
     train_file: Path

@@ -89,6 +89,21 @@ def test_the_row_says_what_the_request_asked_for(create: Any, settings: Settings
     assert job.warnings == []
 
 
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ({}, (True, True)),
+        ({"mask_input": False}, (False, False)),
+        ({"mask_input": False, "mask_response": True}, (False, True)),
+    ],
+)
+def test_turning_the_masking_of_prompts_off_does_not_mask_the_responses(
+    create: Any, block: dict[str, bool], expected: tuple[bool, bool]
+) -> None:
+    data = TrainSpec.model_validate(create(Dataset=block).spec).data
+    assert (data.mask_input, data.mask_response) == expected
+
+
 def test_warnings_are_events_too(create: Any, database: Database) -> None:
     job = create(surprise=1, General={"output_dir": "/tmp/x"}, Training={"dpo_beta": 0.5})
     with database.reading() as session:

@@ -138,6 +138,9 @@ def _data(
     fields = request.Dataset.model_dump(
         include=set(DataSpec.model_fields) - {"validation_file", "train_file"}
     )
+    if "mask_response" not in request.Dataset.model_fields_set:
+        # Whoever merely turns mask_input off wants a loss on every token, not on the prompt alone.
+        fields["mask_response"] = request.Dataset.mask_input
     return DataSpec(
         train_file=settings.files_dir / training_file.id,
         train_name=training_file.filename,

@@ -27,8 +27,10 @@ class DatasetBlock(Tolerant):
     validation_split_percentage: Annotated[Number, Field(ge=0, lt=100)] = 5
     max_length: Annotated[Integer, Field(ge=2)] = 512
     max_source_length: Count = 384
-    mask_input: bool = True
-    mask_response: bool = True
+    mask_input: bool = Field(True, description="No loss on the prompt")
+    mask_response: bool = Field(
+        True, description="With `mask_input` false and this given as true: no loss on the response"
+    )
     padding_side: Literal["left", "right"] = "right"
     truncation_side: Literal["left", "right"] = "right"
     pad_to_max: bool = False
