@@ -13,15 +13,16 @@ from typing import Any, NoReturn
 
 from comps.cores.errors import InvalidRequest
 
-# A string, which is kept as it is, or a comma with nothing but the closing bracket after it.
-_STRING_OR_TRAILING_COMMA = re.compile(rb'("(?:[^"\\]|\\.)*+")|,(?=\s*+[}\]])', re.DOTALL)
+# A string, which is kept as it is, or a comma with nothing but the closing bracket after it. A string that
+# never ends counts as one too: to look for its end again from each quote in it would take minutes.
+_STRING_OR_TRAILING_COMMA = re.compile(rb'("(?:[^"\\]|\\.)*+"?)|,(?=\s*+[}\]])', re.DOTALL)
 
 
-def read_json(body: bytes) -> tuple[Any, bytes]:
-    """The value of a JSON body, and the body without commas after last elements.
+def read_json(body: bytes) -> tuple[dict[str, Any], bytes]:
+    """The object in a JSON body, and the body without commas after last elements.
 
-    Raises :class:`InvalidRequest` (code ``invalid_json``) for what is not JSON, too deep, not Unicode text,
-    or has numbers that are not finite.
+    Raises :class:`InvalidRequest` (code ``invalid_json``) for what is not a JSON object, too deep, not
+    Unicode text, or has numbers that are not finite.
     """
     try:
         try:
@@ -40,6 +41,8 @@ def read_json(body: bytes) -> tuple[Any, bytes]:
         raise _refused("is not Unicode text: send UTF-8 without lone surrogates") from error
     except ValueError as error:  # Python's limit on the digits of an integer
         raise _refused("has a number with too many digits") from error
+    if not isinstance(value, dict):
+        raise _refused("must be a JSON object")
     return value, body
 
 

@@ -20,13 +20,14 @@ from comps.cores.app import create_component
 from comps.cores.errors import StartupError
 from comps.finetuning.cluster import Cluster
 from comps.finetuning.jobs.dispatcher import Dispatcher
+from comps.finetuning.jobs.find import needs_file
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.metrics import StoreMetrics
 from comps.finetuning.routes import adapters, checkpoints, events, files, jobs, logs, models
 from comps.finetuning.settings import Settings, is_loopback
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
-from comps.finetuning.store.tables import FileRow
+from comps.finetuning.store.tables import FileRow, JobRow
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +70,10 @@ def make_directories(settings: Settings) -> None:
 
 
 def sweep_files(database: Database, blobs: Blobs) -> None:
-    """Remove expired files, and bytes on disk that no row knows."""
+    """Remove expired files that no unfinished job reads, and bytes on disk that no row knows."""
+    needed = select(JobRow.id).where(needs_file(FileRow.id)).exists()
     with database.session() as session:
-        for row in session.scalars(select(FileRow).where(FileRow.expires_at <= time.time())):
+        for row in session.scalars(select(FileRow).where(FileRow.expires_at <= time.time(), ~needed)):
             session.delete(row)
     with database.reading() as session:
         known = set(session.scalars(select(FileRow.id)))

@@ -80,6 +80,19 @@ def test_a_file_lives_as_long_as_it_was_asked_to(server, client: openai.OpenAI) 
     assert file.id not in [each.id for each in client.files.list()]
 
 
+def test_an_expired_file_goes_at_the_next_start_unless_a_job_still_reads_it(make_server) -> None:
+    service = make_server()
+    read, gone = (upload(service.http).json()["id"] for _ in range(2))
+    database = database_of(service)
+    with database.session() as session:
+        session.execute(update(FileRow).values(expires_at=time.time() - 1))
+        session.add(JobRow(id="ft-job-x", kind="fine_tuning", status="paused", model="m", training_file=read))
+    database.dispose()
+    assert stored(service) == {read, gone}
+    service.restart()
+    assert stored(service) == {read}
+
+
 @pytest.mark.parametrize("seconds", ["3599", "2592001", "soon", "-1", "1e4", ""])
 def test_a_wrong_life_span_is_refused(server, seconds: str) -> None:
     fields = {"expires_after[anchor]": "created_at", "expires_after[seconds]": seconds}

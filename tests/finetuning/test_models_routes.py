@@ -11,10 +11,11 @@ from typing import Any
 import numpy
 import openai
 import pytest
+from fixtures_jobs import start_and_finish
 from safetensors.numpy import save_file
 
 from comps.finetuning.store.database import Database
-from comps.finetuning.store.tables import JobRow, ModelRow
+from comps.finetuning.store.tables import JobRow, ModelRow, new_id
 
 WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": numpy.zeros((4, 4), dtype="float32")}
 ADAPTER = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}
@@ -211,13 +212,14 @@ def test_a_model_that_a_job_made_is_deleted_with_its_files(
             ModelRow(id="ft:m", kind="super_adapter", path=str(output), job_id="ft-job-m", details={})
         )
         session.add(ModelRow(id="ft:m:h", kind="adapter", path=str(version), job_id="ft-job-m", details={}))
-        session.add(JobRow(id="job-x", kind="merge", status="paused", model="m", source="ft-job-m"))
+        spec = {"adapter": str(version)}
+        session.add(JobRow(id="job-x", kind="merge", status="paused", model="m", spec=spec))
     assert client.models.retrieve("ft:m:h").model_extra["job_id"] == "ft-job-m"
     with pytest.raises(openai.ConflictError, match="used by the job job-x"):
         client.models.delete("ft:m:h")
     with database.session() as session:
         session.query(JobRow).filter_by(id="job-x").update({"status": "cancelled"})
-    with pytest.raises(openai.ConflictError, match="'ft:m:h' lie within"):
+    with pytest.raises(openai.ConflictError, match="'ft:m:h' was made of 'ft:m'"):
         client.models.delete("ft:m")
     assert client.models.delete("ft:m:h").deleted
     assert output.exists()
@@ -229,13 +231,39 @@ def test_a_model_that_a_job_made_is_deleted_with_its_files(
 def test_a_base_model_that_an_unfinished_job_uses_stays_registered(
     server, database: Database, root: Path
 ) -> None:
-    register(server, write(root / "base", BASE), id="busy")
+    directory = write(root / "base", BASE)
+    register(server, directory, id="busy")
+    spec = {"base_model": {"path": str(directory)}, "resume_from": None}
     with database.session() as session:
-        session.add(JobRow(id="job-busy", kind="fine_tuning", status="paused", model="busy"))
+        session.add(JobRow(id="job-busy", kind="fine_tuning", status="paused", model="busy", spec=spec))
     answer = server.http.delete("/v1/models/busy")
     assert answer.status_code == 409
     assert "job-busy" in answer.json()["detail"]
     assert answer.headers["x-should-retry"] == "false"
+
+
+def test_what_was_made_of_a_registered_super_adapter_is_deleted_with_its_files(
+    server, client: openai.OpenAI, database: Database, root: Path
+) -> None:
+    """And the registration only after it: its name must not lead to what was made of another one."""
+    name = f"super-{root.name}"
+    assert register(server, write(root / "adapter", SUPER), id=name)[0] == 200
+    heuristic = write(server.data_dir / "adapters" / name / "heuristic", SUPER)
+    merged = write(heuristic / "merged_model", BASE)
+    for kind, path in (("extract", heuristic), ("merge", merged)):
+        job = JobRow(id=new_id(kind), kind=kind, status="queued", model="org/base", source=name)
+        job.version = "heuristic"
+        with database.session() as session:
+            session.add(job)
+        start_and_finish(database, job.id, {"outcome": "succeeded", "path": str(path)})
+    for needed, by in ((name, f"{name}:heuristic"), (f"{name}:heuristic", f"{name}:heuristic:merged")):
+        with pytest.raises(openai.ConflictError, match=f"'{by}.* was made of '{needed}'"):
+            client.models.delete(needed)
+    for gone, path in ((f"{name}:heuristic:merged", merged), (f"{name}:heuristic", heuristic)):
+        assert client.models.delete(gone).deleted
+        assert not path.exists()
+    assert client.models.delete(name).deleted
+    assert (root / "adapter" / "adapter_config.json").exists()
 
 
 def test_registrations_survive_a_restart_and_are_listed_newest_first(make_server) -> None:

@@ -32,9 +32,11 @@ MERGED = "merged_model"
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter to work on. ``id`` is a job's or a model's; ``output`` is where versions go."""
+    """An adapter to work on. ``id`` is a job's or a model's; ``output`` is where versions go, which belong to
+    whom the source belongs to, whoever asks for them."""
 
     id: str
+    owner: str | None
     directory: Path
     output: Path
     base_model: ModelSpec
@@ -42,6 +44,12 @@ class Source:
 
     def __str__(self) -> str:
         return f"the job {self.id}" if self.id.startswith("ft-job-") else f"the model {self.id!r}"
+
+
+def versions_directory(settings: Settings, model_id: str) -> Path:
+    """Where the versions of a registered super-adapter go."""
+    # Ids may have a slash and no @, so that no model's versions are in another's way.
+    return settings.data_dir / "adapters" / model_id.replace("/", "@")
 
 
 def create_extract(
@@ -82,7 +90,7 @@ def create_extract(
     with database.session() as session:
         known = _known(session, "extract", source.id, version)
         if known is None:
-            return _new_row(session, spec, source, version, request, owner)
+            return _new_row(session, spec, source, version, request)
         same = ExtractSpec.model_validate(known.spec)
         if (same.config, same.form) != (config, request.form):
             raise Conflict(
@@ -126,7 +134,7 @@ def create_merge(database: Database, settings: Settings, request: MergeRequest, 
 
     with database.session() as session:
         known = _known(session, "merge", source.id, version)
-        return known or _new_row(session, spec, source, version, request, owner)
+        return known or _new_row(session, spec, source, version, request)
 
 
 def _version(request: AdapterRequest) -> str | None:
@@ -171,14 +179,13 @@ def _of_job(settings: Settings, job: JobRow) -> Source:
         )
     spec = TrainSpec.model_validate(job.spec)
     output = settings.jobs_dir / job.id / OUTPUT
-    return Source(job.id, output, output, spec.base_model, elastic=bool(spec.lora.groups))
+    return Source(job.id, job.owner, output, output, spec.base_model, elastic=bool(spec.lora.groups))
 
 
 def _of_model(session: Session, settings: Settings, row: ModelRow, owner: str | None) -> Source:
     base_model = find_base_model(session, settings, row.base_model or "", owner)
-    # Ids may have a slash, versions may not have an @: so no version of one model is in another's way.
-    output = settings.data_dir / "adapters" / row.id.replace("/", "@")
-    return Source(row.id, Path(row.path), output, base_model, elastic=row.kind == "super_adapter")
+    output = versions_directory(settings, row.id)
+    return Source(row.id, row.owner, Path(row.path), output, base_model, elastic=row.kind == "super_adapter")
 
 
 def _known(session: Session, kind: str, source: str, version: str | None) -> JobRow | None:
@@ -201,10 +208,9 @@ def _new_row(
     source: Source,
     version: str | None,
     request: AdapterRequest,
-    owner: str | None,
 ) -> JobRow:
     job = JobRow(
-        id=spec.job_id, kind=spec.kind, status="queued", owner=owner, model=source.base_model.name,
+        id=spec.job_id, kind=spec.kind, status="queued", owner=source.owner, model=source.base_model.name,
         source=source.id, version=version, request=request.model_dump(mode="json", exclude_unset=True),
         spec=spec.model_dump(mode="json"), warnings=request_warnings(request),
     )  # fmt: skip

@@ -1,14 +1,19 @@
-"""Finding rows for a caller, who sees their own: the one place that says who sees what."""
+"""Finding rows for a caller, who sees their own: the one place that says who sees what.
+
+An owner is what :func:`comps.finetuning.dependencies.get_owner` makes of an API key. Events, checkpoints and
+logs are found through their job.
+"""
 
 from __future__ import annotations
 
 import time
 
-from sqlalchemy import ColumnElement, or_, select, true
+from sqlalchemy import ColumnElement, Select, SQLColumnExpression, or_, select, true
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import InvalidRequest, NotFound
 from comps.finetuning import catalog
+from comps.finetuning.jobs.states import ACTIVE
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.tables import CheckpointRow, FileRow, JobRow, ModelRow
 from comps.tuning.spec import ModelSpec
@@ -23,20 +28,41 @@ def visible(table: type[JobRow] | type[FileRow] | type[ModelRow], owner: str | N
     return or_(table.owner == owner, table.owner.is_(None))
 
 
+def visible_jobs(owner: str | None) -> Select[JobRow]:
+    """The fine-tuning jobs of a caller."""
+    return select(JobRow).where(JobRow.kind == "fine_tuning", visible(JobRow, owner))
+
+
+def usable_files(owner: str | None) -> Select[FileRow]:
+    """The files of a caller that have not expired."""
+    not_expired = or_(FileRow.expires_at.is_(None), FileRow.expires_at > time.time())
+    return select(FileRow).where(visible(FileRow, owner), not_expired)
+
+
+def needs_file(file_id: str | SQLColumnExpression[str]) -> ColumnElement[bool]:
+    """The condition that a job reads this file and has not ended."""
+    return or_(JobRow.training_file == file_id, JobRow.validation_file == file_id) & JobRow.status.in_(ACTIVE)
+
+
 def find_job(session: Session, job_id: str, owner: str | None, param: str = "fine_tuning_job_id") -> JobRow:
     """A fine-tuning job. Raises :class:`NotFound`."""
-    query = select(JobRow).where(JobRow.id == job_id, JobRow.kind == "fine_tuning", visible(JobRow, owner))
-    job = session.scalar(query)
+    job = session.scalar(visible_jobs(owner).where(JobRow.id == job_id))
     if job is None:
         raise NotFound(f"There is no fine-tuning job {job_id[:_SHOWN]!r}.", param=param)
     return job
 
 
+def find_file(session: Session, file_id: str, owner: str | None) -> FileRow:
+    """A stored file by its id. Raises :class:`NotFound`."""
+    row = session.scalar(usable_files(owner).where(FileRow.id == file_id))
+    if row is None:
+        raise NotFound(f"There is no file {file_id[:_SHOWN]!r}.", param="file_id")
+    return row
+
+
 def find_data_file(session: Session, name: str, owner: str | None, param: str) -> FileRow:
     """A stored file by its id, or the newest by its name. Raises :class:`NotFound`."""
-    usable = select(FileRow).where(
-        visible(FileRow, owner), or_(FileRow.expires_at.is_(None), FileRow.expires_at > time.time())
-    )
+    usable = usable_files(owner)
     newest = FileRow.created_at.desc(), FileRow.id
     row = session.scalar(usable.where(FileRow.id == name)) or session.scalar(
         usable.where(FileRow.filename == name).order_by(*newest).limit(1)
@@ -52,11 +78,9 @@ def find_data_file(session: Session, name: str, owner: str | None, param: str) -
 
 
 def find_model(session: Session, model_id: str, owner: str | None, *kinds: str) -> ModelRow | None:
-    """A model with a row (registered, or made by a job), of one of ``kinds``."""
-    query = select(ModelRow).where(
-        ModelRow.id == model_id, ModelRow.kind.in_(kinds), visible(ModelRow, owner)
-    )
-    return session.scalar(query)
+    """A model with a row (registered, or made by a job), of one of ``kinds`` or of any."""
+    query = select(ModelRow).where(ModelRow.id == model_id, visible(ModelRow, owner))
+    return session.scalar(query.where(ModelRow.kind.in_(kinds)) if kinds else query)
 
 
 def find_base_model(session: Session, settings: Settings, name: str, owner: str | None) -> ModelSpec:

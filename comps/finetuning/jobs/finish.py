@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from comps.finetuning.jobs.states import transition
@@ -52,8 +53,8 @@ def _finish_training(session: Session, job: JobRow, result: dict[str, Any]) -> N
 
 def _finish_adapter(session: Session, job: JobRow, result: dict[str, Any]) -> None:
     """A sub-adapter or a merged model is named after its source: ``<source model>[:<version>][:merged]``."""
-    source = session.get(ModelRow, job.source) or session.query(ModelRow).filter_by(job_id=job.source).first()
-    parts = [source.id if source else str(job.source)]
+    trained = session.scalar(select(JobRow).where(JobRow.id == job.source))
+    parts = [(trained and trained.fine_tuned_model) or str(job.source)]
     if job.version:
         parts.append(job.version)
     if job.kind == "merge":
@@ -63,7 +64,7 @@ def _finish_adapter(session: Session, job: JobRow, result: dict[str, Any]) -> No
     session.merge(
         ModelRow(
             id=name, kind="merged" if job.kind == "merge" else "adapter", owner=job.owner,
-            path=result["path"], base_model=job.model, job_id=source.job_id if source else None,
+            path=result["path"], base_model=job.model, job_id=trained.id if trained else None,
             details=details,
         )
     )  # fmt: skip

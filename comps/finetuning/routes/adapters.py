@@ -12,13 +12,12 @@ from comps.cores.errors import ServiceError
 from comps.finetuning.dependencies import DatabaseDep, OwnerDep, SettingsDep
 from comps.finetuning.jobs.adapters import create_extract, create_merge
 from comps.finetuning.jobs.states import TERMINAL
-from comps.finetuning.routes.json_route import JsonRoute
 from comps.finetuning.schemas.adapters import AdapterAnswer, AdapterRequest, ExtractRequest, MergeRequest
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import JobRow
 
-router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JsonRoute)
+router = APIRouter(prefix="/v1", tags=["adapters"])
 
 _POLL_SECONDS = 0.15
 

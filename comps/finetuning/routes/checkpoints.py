@@ -8,13 +8,12 @@ from sqlalchemy import select
 from comps.finetuning.dependencies import OwnerDep, ReaderDep
 from comps.finetuning.jobs.find import find_job
 from comps.finetuning.routes.jobs import JobPath
-from comps.finetuning.routes.json_route import JsonRoute
 from comps.finetuning.routes.pages import After, Limit, newest_first
 from comps.finetuning.schemas.checkpoints import CheckpointList, JobCheckpoint
 from comps.finetuning.schemas.jobs import JobId
 from comps.finetuning.store.tables import CheckpointRow
 
-router = APIRouter(prefix="/v1", tags=["checkpoints"], route_class=JsonRoute)
+router = APIRouter(prefix="/v1", tags=["checkpoints"])
 
 
 @router.get("/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints")

@@ -7,15 +7,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
-from sqlalchemy import ColumnElement, or_, select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy import select, tuple_
 from starlette.concurrency import run_in_threadpool
 
-from comps.cores.errors import Conflict, InvalidRequest, NotFound
+from comps.cores.errors import Conflict, InvalidRequest
 from comps.cores.uploads import receive_upload
 from comps.finetuning.dependencies import BlobsDep, DatabaseDep, OwnerDep, ReaderDep, SettingsDep
-from comps.finetuning.jobs.find import visible
-from comps.finetuning.jobs.states import ACTIVE
+from comps.finetuning.jobs.find import find_file, needs_file, usable_files, visible
 from comps.finetuning.schemas.files import (
     FileDeleted,
     FileList,
@@ -49,19 +47,6 @@ _UPLOAD_FORM: dict[str, Any] = {
         },
     }
 }
-
-
-def not_expired() -> ColumnElement[bool]:
-    """The condition that a file may still be used."""
-    return or_(FileRow.expires_at.is_(None), FileRow.expires_at > time.time())
-
-
-def find_file(session: Session, file_id: str, owner: str | None) -> FileRow:
-    """Raises :class:`NotFound` for a file that is not there, has expired, or is someone else's."""
-    row = session.scalar(select(FileRow).where(FileRow.id == file_id, not_expired(), visible(FileRow, owner)))
-    if row is None:
-        raise NotFound(f"There is no file {file_id[:80]!r}.", param="file_id")
-    return row
 
 
 @router.post("", openapi_extra=_UPLOAD_FORM)
@@ -114,11 +99,11 @@ def list_files(
 ) -> FileList:
     """Files by time of creation, newest first unless asked otherwise."""
     place = tuple_(FileRow.created_at, FileRow.id)
-    query = select(FileRow).where(not_expired(), visible(FileRow, owner))
+    query = usable_files(owner)
     if purpose is not None:
         query = query.where(FileRow.purpose == purpose)
     if after is not None:
-        last = session.get(FileRow, after)
+        last = session.scalar(select(FileRow).where(FileRow.id == after, visible(FileRow, owner)))
         if last is None:
             raise InvalidRequest(f"after: there is no file {after[:80]!r}.", param="after")
         here = tuple_(last.created_at, last.id)
@@ -153,8 +138,7 @@ def delete_file(file_id: str, owner: OwnerDep, database: DatabaseDep, blobs: Blo
     """Remove a file that no unfinished job needs."""
     with database.session() as session:
         row = find_file(session, file_id, owner)
-        used = or_(JobRow.training_file == row.id, JobRow.validation_file == row.id)
-        job = session.scalar(select(JobRow.id).where(used, JobRow.status.in_(ACTIVE)).limit(1))
+        job = session.scalar(select(JobRow.id).where(needs_file(row.id)).limit(1))
         if job is not None:
             message = f"The file {row.id} is used by the job {job}, which has not ended."
             raise Conflict(message, param="file_id")

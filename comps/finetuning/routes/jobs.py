@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
-from sqlalchemy import ColumnElement, String, cast, select
+from sqlalchemy import ColumnElement, String, cast
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import Conflict, InvalidRequest
@@ -17,16 +17,15 @@ from comps.finetuning.dependencies import (
     SettingsDep,
 )
 from comps.finetuning.jobs.create import create_fine_tuning_job
-from comps.finetuning.jobs.find import find_job, visible
+from comps.finetuning.jobs.find import find_job, visible_jobs
 from comps.finetuning.jobs.states import IllegalMove, transition
-from comps.finetuning.routes.json_route import JsonRoute
 from comps.finetuning.routes.pages import After, Limit, newest_first
 from comps.finetuning.schemas.job_object import FineTuningJob, JobList
 from comps.finetuning.schemas.jobs import JobId, JobRequest
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.store.tables import JobRow
 
-router = APIRouter(prefix="/v1", tags=["jobs"], route_class=JsonRoute)
+router = APIRouter(prefix="/v1", tags=["jobs"])
 
 JobPath = Annotated[str, Path(max_length=200)]
 
@@ -52,7 +51,7 @@ def list_jobs(
     limit: Limit = 20,
 ) -> JobList:
     """Jobs, newest first. ``metadata[key]=value`` keeps those with it, ``metadata=null`` those without."""
-    query = select(JobRow).where(JobRow.kind == "fine_tuning", visible(JobRow, owner))
+    query = visible_jobs(owner)
     for name, value in request.query_params.multi_items():
         if (condition := _metadata(name, value)) is not None:
             query = query.where(condition)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi import Path as PathParameter
-from sqlalchemy import or_, select
+from sqlalchemy import ColumnElement, SQLColumnExpression, or_, select
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
 from comps.finetuning.dependencies import OwnerDep, ReaderDep, SessionDep, SettingsDep
-from comps.finetuning.jobs.find import find_base_model, visible
+from comps.finetuning.jobs.adapters import versions_directory
+from comps.finetuning.jobs.find import find_base_model, find_model, visible
 from comps.finetuning.jobs.states import ACTIVE
 from comps.finetuning.registry import inspect_directory
 from comps.finetuning.schemas.models import ModelDeleted, ModelList, ModelObject, RegisterModel
@@ -23,6 +24,9 @@ from comps.finetuning.settings import Settings
 from comps.finetuning.store.tables import JobRow, ModelRow
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
+
+# Where a run's spec says what directories it reads.
+_INPUTS: tuple[Any, ...] = (("base_model", "path"), "adapter", "super_adapter", "resume_from")
 
 ModelId = Annotated[str, PathParameter(max_length=1000)]
 
@@ -101,7 +105,7 @@ def retrieve_model(
     model_id: ModelId, owner: OwnerDep, settings: SettingsDep, session: ReaderDep
 ) -> ModelObject:
     """One model."""
-    row = _find_row(session, model_id, owner)
+    row = find_model(session, model_id, owner)
     model = ModelObject.of(row) if row else found_on_disk(settings, model_id)
     if model is None:
         raise _unknown(model_id)
@@ -113,13 +117,13 @@ def delete_model(
     model_id: ModelId, owner: OwnerDep, settings: SettingsDep, session: SessionDep
 ) -> ModelDeleted:
     """Forget a registered model (its files stay), or remove a model that a job made with its files."""
-    row = _find_row(session, model_id, owner)
+    row = find_model(session, model_id, owner)
     if row is None:
         if found_on_disk(settings, model_id):
             message = f"The model {model_id!r} lies in the models root and is not the service's to remove."
             raise Conflict(message, param="model")
         raise _unknown(model_id)
-    _check_unused(session, row)
+    _check_unused(session, settings, row)
     session.delete(row)
     session.commit()
     path = Path(row.path)
@@ -130,28 +134,25 @@ def delete_model(
     return ModelDeleted(id=model_id)
 
 
-def _check_unused(session: Session, row: ModelRow) -> None:
-    names = [row.id, row.job_id] if row.job_id else [row.id]
-    used = or_(JobRow.model == row.id, JobRow.source.in_(names))
-    job = session.scalar(select(JobRow.id).where(used, JobRow.status.in_(ACTIVE)).limit(1))
-    if job is not None:
+def _check_unused(session: Session, settings: Settings, row: ModelRow) -> None:
+    reads = or_(*(_is_in(JobRow.spec[name].as_string(), row.path) for name in _INPUTS))
+    used = select(JobRow.id).where(reads, JobRow.status.in_(ACTIVE))
+    if job := session.scalar(used.limit(1)):
         raise Conflict(f"The model {row.id!r} is used by the job {job}, which has not ended.", param="model")
-    if not _made_here(row):
-        return
-    inside = ModelRow.path.startswith(f"{row.path}/", autoescape=True)
-    other = session.scalar(select(ModelRow.id).where(inside).limit(1))
-    if other is not None:
-        message = f"The files of {other!r} lie within those of {row.id!r}: delete that model first."
-        raise Conflict(message, param="model")
+    # What was made of a registered super-adapter would be taken for that of the next one of this name.
+    versions = row.path if _made_here(row) else str(versions_directory(settings, row.id))
+    made_of_it = select(ModelRow.id).where(ModelRow.id != row.id, _is_in(ModelRow.path, versions))
+    if other := session.scalar(made_of_it.limit(1)):
+        raise Conflict(f"The model {other!r} was made of {row.id!r}: delete that model first.", param="model")
+
+
+def _is_in(path: SQLColumnExpression[str], directory: str) -> ColumnElement[bool]:
+    return or_(path == directory, path.startswith(f"{directory}/", autoescape=True))
 
 
 def _made_here(row: ModelRow) -> bool:
     """Whether a job of this service wrote the model, so that its files go with it."""
     return row.job_id is not None or row.kind in ("adapter", "merged")
-
-
-def _find_row(session: Session, model_id: str, owner: str | None) -> ModelRow | None:
-    return session.scalar(select(ModelRow).where(ModelRow.id == model_id, visible(ModelRow, owner)))
 
 
 def _unknown(model_id: str) -> NotFound:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import Query
-from sqlalchemy import Select, select
+from sqlalchemy import Select
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import InvalidRequest
@@ -22,10 +22,10 @@ def newest_first(
 ) -> tuple[list[Any], bool]:
     """The rows of ``query`` that come after the row ``after``, at most ``limit``; and whether there are more.
 
-    Raises :class:`InvalidRequest` when no row has that id.
+    Raises :class:`InvalidRequest` when none of the rows has that id.
     """
     if after is not None:
-        last = session.scalar(select(table.sequence).where(table.id == after))
+        last = session.scalar(query.with_only_columns(table.sequence).where(table.id == after))
         if last is None:
             raise InvalidRequest(f"after: there is no {after[:80]!r}.", param="after")
         query = query.where(table.sequence < last)
