@@ -19,6 +19,7 @@ from comps.finetuning.jobs.adapters import create_extract, create_merge
 from comps.finetuning.jobs.create import create_fine_tuning_job
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.schemas.adapters import ExtractRequest, MergeRequest
+from comps.finetuning.schemas.integrations import tracking_environment
 from comps.finetuning.schemas.jobs import JobRequest
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
@@ -188,6 +189,22 @@ def test_a_run_starts_from_a_checkpoint_of_the_same_adapter(create: Any, databas
         create(General={"lora_config": {"r": 8}, "resume_from_checkpoint": "ftckpt-1"})
     with pytest.raises(NotFound):
         create(General={"lora_config": {"r": 4}, "resume_from_checkpoint": f"{path}/../checkpoint-5"})
+
+
+def test_an_integration_reports_the_run_where_it_says(create: Any) -> None:
+    wandb = {"project": "p", "entity": "e", "tags": ["a", "b"]}
+    body = {"integrations": [{"type": "wandb", "wandb": wandb}]}
+    job = create(**body)
+    assert spec_of(job).training.report_to == "wandb"
+    assert tracking_environment(job.request["integrations"]) == {
+        "WANDB_PROJECT": "p", "WANDB_ENTITY": "e", "WANDB_TAGS": "a,b",
+    }  # fmt: skip
+    assert job.warnings == []
+    body["integrations"][0]["wandb"] = wandb | {"name": "n"}
+    body["General"] = {"report_to": "none"}
+    named, unused = create(**body).warnings
+    assert named == "integrations.0.wandb.name is not used: the run is named after the job."
+    assert unused == "integrations is not used: General.report_to is none."
 
 
 def test_devices_and_resources(create: Any) -> None:

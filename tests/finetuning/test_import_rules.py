@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = ("torch", "transformers", "peft", "datasets", "accelerate")
-HEAVY = (*TENSORS, "ray", "numpy", "pandas", "pyarrow", "huggingface_hub")
+HEAVY = (*TENSORS, "ray", "numpy", "pandas", "pyarrow", "huggingface_hub", "aiohttp", "alembic")
 
 
 def imports(folder: str) -> Iterator[tuple[Path, str]]:

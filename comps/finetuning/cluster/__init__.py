@@ -3,7 +3,7 @@
 Ray is a cache: whatever this package reports, the database and the job directories are the truth.
 """
 
-from comps.finetuning.cluster.client import ClusterUnavailable, JobsClient
 from comps.finetuning.cluster.cluster import Cluster
+from comps.finetuning.cluster.errors import ClusterUnavailable
 
-__all__ = ["Cluster", "ClusterUnavailable", "JobsClient"]
+__all__ = ["Cluster", "ClusterUnavailable"]

@@ -1,6 +1,8 @@
 """Ray's documented REST interface for jobs, spoken directly.
 
-Importing Ray costs a second and a hundred megabytes; the service needs four requests of it.
+Importing Ray costs a second and a hundred megabytes; the service needs four requests of it. This module is
+itself imported late, by :class:`comps.finetuning.cluster.cluster.Cluster`: aiohttp takes a quarter of what
+all of the service takes to start.
 """
 
 from __future__ import annotations
@@ -9,11 +11,9 @@ from typing import Any, Literal
 
 import aiohttp
 
+from comps.finetuning.cluster.errors import ClusterUnavailable
+
 RayStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
-
-
-class ClusterUnavailable(Exception):
-    """Ray does not answer, or refuses us. Says nothing about the jobs: they may well be running."""
 
 
 class JobsClient:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -15,11 +16,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from comps.finetuning.cluster.client import ClusterUnavailable, JobsClient, RayStatus
+from comps.finetuning.cluster.errors import ClusterUnavailable
 from comps.finetuning.cluster.local_head import LocalHead
 from comps.finetuning.settings import Settings
+
+if TYPE_CHECKING:
+    from comps.finetuning.cluster.client import JobsClient, RayStatus
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +149,9 @@ class Cluster:
             assert self._named is not None
             address = await _dashboard_address(self._named)
             token = _operator_token()
-        self._client = JobsClient(address, token)
+        # On a thread, so that the service answers meanwhile: see the module.
+        client = await asyncio.to_thread(importlib.import_module, "comps.finetuning.cluster.client")
+        self._client = client.JobsClient(address, token)
 
 
 def _operator_token() -> str | None:

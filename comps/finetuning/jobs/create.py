@@ -74,6 +74,8 @@ def create_fine_tuning_job(
     )
     if request.General.output_dir is not None:
         warnings.append("General.output_dir is ignored; the answer's output_dir says where the output goes.")
+    if request.integrations and spec.training.report_to != "wandb":
+        warnings.append(f"integrations is not used: General.report_to is {spec.training.report_to}.")
     job = JobRow(
         id=job_id, kind="fine_tuning", status="validating_files", owner=owner, model=base_model.name,
         training_file=training_file.id, validation_file=validation_file.id if validation_file else None,

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from comps.finetuning.jobs.follow import follow, read_result, run_directory
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.jobs.states import ACTIVE, IllegalMove, add_event, transition
 from comps.finetuning.jobs.validate import validate
+from comps.finetuning.schemas.integrations import tracking_environment
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import JobRow
@@ -153,12 +155,8 @@ class Dispatcher:
             elif not blocked:
                 wanted = room.demand(ResourcesSpec.model_validate(job.spec["resources"]), nodes)
                 if reason := room.impossible(wanted, nodes):
-                    await self._change(
-                        job.id,
-                        lambda session, row, reason=reason: fail(
-                            session, row, reason, "insufficient_resources", "Training.resources_per_worker"
-                        ),
-                    )
+                    code, param = "insufficient_resources", "Training.resources_per_worker"
+                    await self._change(job.id, partial(fail, message=reason, code=code, param=param))
                 elif room.fits(wanted, nodes, held):
                     held += wanted.total
                     await self._submit(job, wanted)
@@ -189,7 +187,9 @@ class Dispatcher:
             spec["resources"] = {**spec["resources"], "cpus": wanted.cores}
         path = await asyncio.to_thread(self._write_spec, directory, spec)
         token = self._secrets.token(job.id)
-        env = {"HF_TOKEN": token} if token else {}
+        env = tracking_environment(job.request.get("integrations"))
+        if token:
+            env["HF_TOKEN"] = token
         if self._settings.hf_hub_offline:
             env["HF_HUB_OFFLINE"] = "1"
         await self._cluster.submit(submission, path, env, job.id)

@@ -46,19 +46,3 @@ class Method(Tolerant):
     supervised: Supervised | None = None
     dpo: Any = unused(because="the method is supervised")
     reinforcement: Any = unused(because="the method is supervised")
-
-
-class WandbSettings(Tolerant):
-    """Kept and answered; the run itself reports where the service's ``WANDB_*`` variables say."""
-
-    project: str = Field(max_length=200)
-    entity: str | None = Field(None, max_length=200)
-    name: str | None = Field(None, max_length=200)
-    tags: list[Annotated[str, Field(max_length=200)]] | None = Field(None, max_length=50)
-
-
-class Integration(Tolerant):
-    """OpenAI's only integration."""
-
-    type: Literal["wandb"]
-    wandb: WandbSettings

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from comps.finetuning.schemas.dataset import DatasetBlock
 from comps.finetuning.schemas.general import GeneralBlock
-from comps.finetuning.schemas.hyperparameters import Hyperparameters, Integration, Method
+from comps.finetuning.schemas.hyperparameters import Hyperparameters, Method
+from comps.finetuning.schemas.integrations import Integration
 from comps.finetuning.schemas.tolerant import Tolerant
 from comps.finetuning.schemas.training import Seed, TrainingBlock
 
@@ -32,7 +33,7 @@ class JobRequest(Tolerant):
     suffix: Annotated[str, Field(pattern=NAME)] | None = None
     seed: Seed | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
-    integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
 
     General: GeneralBlock = GeneralBlock()
     Dataset: DatasetBlock = DatasetBlock()

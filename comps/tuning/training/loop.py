@@ -144,8 +144,8 @@ def _resume_point(spec: TrainSpec, output: Path, events: rundir.EventWriter | No
     """The checkpoint to go on from. Damaged ones are passed over, and an event says so."""
     found = checkpoints.newest_good(output)
     if events:
-        for path, reason in found.damaged.items():
-            events.write(f"{path.name} is damaged and not used: {reason}", level="warn")
+        for path, damage in found.damaged.items():
+            events.write(f"{path.name} is damaged and not used: {damage}", level="warn")
         if found.path:
             events.write(f"Resuming from {found.path.name}")
     if found.path is None and spec.resume_from is not None:

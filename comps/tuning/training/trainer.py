@@ -83,7 +83,9 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
                 loss = self._validation_loss()
         metrics = {"eval_loss": loss}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     @torch.no_grad()
