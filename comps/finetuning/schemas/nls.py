@@ -10,7 +10,8 @@ given                                     ``search_space``                    gr
 
 ``neural_lora_search`` decides. When it is false, what the other fields say of groups and ranks is not
 used, and a warning says so; the modules they name still get a plain LoRA adapter, unless
-``target_modules`` names others. Ranks may come in any order; the largest of all must be ``r``.
+``target_modules`` names others. Ranks may come in any order; the largest of each group must be ``r``: the
+group's adapters have that rank, so a smaller one would only train parameters that nothing ever uses.
 """
 
 from __future__ import annotations
@@ -185,9 +186,12 @@ def _check_ranks(config: LoraConfig, spaces: list[list[int]], field: str) -> Non
                 raise _refusal(
                     field, f"has the rank {rank} in group {index}; ranks are between 1 and r = {config.r}"
                 )
-    largest = max(max(space) for space in spaces)
-    if largest != config.r:
-        raise _refusal(field, f"has {largest} as its largest rank, but r is {config.r}; they must be equal")
+        if max(space) != config.r:
+            raise _refusal(
+                field,
+                f"has {max(space)} as the largest rank of group {index}, but r is {config.r}; "
+                "they must be equal",
+            )
 
 
 def _misspelt(config: LoraConfig, wanted: tuple[str, ...]) -> str:
