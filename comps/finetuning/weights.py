@@ -15,7 +15,7 @@ MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 
 
 class WeightsError(Exception):
-    """A file that is not a whole safetensors file; what is wrong with it, as the rest of a sentence."""
+    """No whole, readable safetensors file; what is wrong with it, as the rest of a sentence."""
 
 
 def weights_files(directory: Path) -> list[Path]:
@@ -34,11 +34,13 @@ def weights_files(directory: Path) -> list[Path]:
 
 
 def read_headers(files: Iterable[Path]) -> Iterator[tuple[str, list[int]]]:
-    """Each tensor's name and shape. Raises :class:`WeightsError` for a damaged or truncated file."""
+    """Each tensor's name and shape. Raises :class:`WeightsError` for a file that cannot be used."""
     for path in files:
         try:
             yield from _read_header(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except OSError as error:
+            raise WeightsError(f"has an unreadable weights file, {path.name}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightsError(f"has a damaged weights file, {path.name}") from error
 
 

@@ -55,8 +55,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def publish_directory(temporary: Path, final: Path) -> None:
     """Flush a finished directory and rename it into place. ``final`` is replaced when it exists."""
+    # Weights come out of safetensors readable by their owner alone, whatever the umask says.
+    mode = temporary.stat().st_mode & 0o666
     for root, _, files in os.walk(temporary):
         for name in files:
+            (Path(root) / name).chmod(mode)
             fsync_path(Path(root) / name)
         fsync_path(Path(root))
     final.parent.mkdir(parents=True, exist_ok=True)

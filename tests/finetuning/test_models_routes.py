@@ -160,6 +160,14 @@ def test_an_unusable_directory_is_refused_with_what_is_wrong(
     assert server.http.get(f"/v1/models/id-{root.name}/model").status_code == 404
 
 
+def test_weights_that_cannot_be_read_are_refused_with_the_reason(server, root: Path) -> None:
+    directory = write(root / "model", without(BASE, "model.safetensors"))
+    (directory / "model.safetensors").mkdir()
+    status, body = register(server, directory)
+    assert status == 422, body
+    assert "has an unreadable weights file, model.safetensors: Is a directory." in body["detail"]
+
+
 PATHS = [
     "/etc", "../data", "a/../../b", ".", "./", "..", "~", "a\\b", "a\0b", "no/such", "%2e%2e/x", "x" * 900,
     "http://example.org/model", "$(touch canary)",
