@@ -9,11 +9,16 @@ from typing import Any
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from comps.cores.errors import add_error_handlers
-from comps.cores.middleware import Guard, JsonBodies, RequestLog
+from comps.cores.errors import ErrorBody, add_error_handlers
+from comps.cores.middleware import Guard, HeadAsGet, JsonBodies, RequestLog
 from comps.cores.statistics import RequestStatistics
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def content(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """For the schema: what a route answers that answers no JSON."""
+    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}
 
 
 def create_component(
@@ -25,23 +30,30 @@ def create_component(
     lifespan: Lifespan,
     health: Callable[[], dict[str, Any]],
     max_body_bytes: int,
+    uploads: Collection[str] = (),
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
 ) -> FastAPI:
     """An application with OPEA's common routes, error envelope, request log, metrics and guards.
 
     ``name`` is the key in ``/v1/statistics`` (OPEA writes ``opea_service@finetuning``), ``health``
-    gives what ``/v1/health_check`` says besides title, version and description. ``hosts`` and
-    ``origins`` are explained in :class:`comps.cores.middleware.Guard`.
+    gives what ``/v1/health_check`` says besides title, version and description. ``max_body_bytes`` and
+    ``uploads`` are explained in :class:`comps.cores.middleware.JsonBodies`, ``hosts`` and ``origins`` in
+    :class:`comps.cores.middleware.Guard`.
     """
-    app = FastAPI(title=title, description=description, version=version, lifespan=lifespan)
+    # A path with a slash too many is answered with a sentence, not with a redirect that has no body.
+    app = FastAPI(
+        title=title, description=description, version=version, lifespan=lifespan, redirect_slashes=False,
+        responses={"default": {"model": ErrorBody, "description": "A refusal, or a failure"}},
+    )  # fmt: skip
     statistics = RequestStatistics(name)
     app.state.statistics = statistics
     add_error_handlers(app)
     # The last added is the outermost.
-    app.add_middleware(JsonBodies, limit=max_body_bytes)
+    app.add_middleware(JsonBodies, limit=max_body_bytes, uploads=uploads)
     app.add_middleware(Guard, hosts=hosts, origins=origins)
     app.add_middleware(RequestLog, statistics=statistics)
+    app.add_middleware(HeadAsGet)
 
     @app.get("/v1/health_check", tags=["service"])
     @app.get("/health", tags=["service"])
@@ -55,7 +67,7 @@ def create_component(
         """Latencies of requests in seconds, as OPEA components report them."""
         return statistics.as_opea()
 
-    @app.get("/metrics", tags=["service"], response_class=Response)
+    @app.get("/metrics", tags=["service"], response_class=Response, responses=content("text/plain"))
     def metrics() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(statistics.registry), media_type=CONTENT_TYPE_LATEST)

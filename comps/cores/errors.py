@@ -29,10 +29,13 @@ from typing import Any, ClassVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 IDS = ("fine_tuning_job_id", "id")
 _QUOTED_INPUT = 80
+# pydantic's words for these are about Python's types.
+_OBJECT = ("model_type", "model_attributes_type", "dict_type")
 
 
 class StartupError(Exception):
@@ -95,6 +98,22 @@ class InsufficientStorage(ServiceError):
     headers: ClassVar[Mapping[str, str]] = {"x-should-retry": "false"}
 
 
+class ErrorFacts(BaseModel):
+    """OpenAI's part of an error's body."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error, for the schema; ``detail`` repeats the message for OPEA's clients."""
+
+    error: ErrorFacts
+    detail: str
+
+
 def envelope(
     message: str, *, type: str, code: str, param: str | None = None, ids: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
@@ -119,8 +138,11 @@ def request_ids(request: Request) -> dict[str, str]:
 def describe_problem(problem: Mapping[str, Any]) -> tuple[str, str | None]:
     """One of pydantic's problems as a sentence, and the dotted field that it is about."""
     where, *path = problem["loc"] or ("request",)
-    field = ".".join(str(part) for part in path) or None
     kind, reason = problem["type"], str(problem["msg"]).removeprefix("Value error, ")
+    reason = "a JSON object was expected" if kind in _OBJECT else reason[:1].lower() + reason[1:]
+    if path and path[-1] == "[key]":
+        path, reason = path[:-2], f"a key of it is wrong: {reason}"
+    field = ".".join(str(part) for part in path) or None
     place = f"{where}.{field}" if field and where != "body" else field or f"The request {where}"
     if kind == "missing":
         return (f"{place} is missing." if field else f"{place} is empty, JSON was expected."), field
@@ -129,7 +151,7 @@ def describe_problem(problem: Mapping[str, Any]) -> tuple[str, str | None]:
     if given is None or isinstance(given, str | int | float):
         text = json.dumps(given, ensure_ascii=False)
         shown = f" (got {text if len(text) <= _QUOTED_INPUT else text[:_QUOTED_INPUT] + '...'})"
-    return f"{place}: {reason[:1].lower() + reason[1:]}{shown}.", field
+    return f"{place}: {reason}{shown}.", field
 
 
 def _on_service_error(request: Request, error: Exception) -> JSONResponse:

@@ -85,6 +85,18 @@ def host_name(authority: str) -> str:
         return ""
 
 
+class HeadAsGet:
+    """Answers HEAD wherever there is GET, as HTTP asks; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self.app(scope, receive, send)
+
+
 class Guard:
     """Refuses requests that a browser was tricked into.
 
@@ -124,19 +136,21 @@ class JsonBodies:
 
     A body is JSON whatever its Content-Type says, if it has one at all (curl's ``-d`` calls everything a
     form). What was read stays in the request's state as ``json``, so that an error can repeat the ids it
-    names. Multipart bodies pass: their route streams them.
+    names. Multipart bodies pass to the paths in ``uploads``, whose routes stream them.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, uploads: Collection[str]) -> None:
         self.app = app
         self.limit = limit
+        self.uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in _SAFE_METHODS:
             await self.app(scope, receive, send)
             return
         headers = MutableHeaders(scope=scope)
-        if headers.get("content-type", "").lower().startswith("multipart/"):
+        multipart = headers.get("content-type", "").lower().startswith("multipart/")
+        if multipart and scope["path"] in self.uploads:
             await self.app(scope, receive, send)
             return
         headers["content-type"] = "application/json"

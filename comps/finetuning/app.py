@@ -116,6 +116,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         health=health,
         max_body_bytes=settings.max_body_bytes,
+        uploads=("/v1/files",),
         hosts=answered_hosts(settings),
         origins=settings.allowed_hosts,
     )

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 MODEL = "tiny/llama"
 RECORDS = [
-    {"instruction": "Say the number.", "input": str(number), "output": f"number {number}"} for number in range(48)
+    {"instruction": "Say the number.", "input": str(number), "output": f"number {number}"}
+    for number in range(48)
 ]
 NLS_JOB = {
     "model": MODEL,
@@ -45,7 +46,9 @@ def ray_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProc
         yield service
 
 
-def upload(service: ServiceProcess, records: list[dict[str, Any]] = RECORDS, name: str = "numbers.json") -> str:
+def upload(
+    service: ServiceProcess, records: list[dict[str, Any]] = RECORDS, name: str = "numbers.json"
+) -> str:
     content = json.dumps(records).encode()
     return service.openai.files.create(file=(name, content), purpose="fine-tune").id
 
@@ -59,11 +62,15 @@ def wait(service: ServiceProcess, job_id: str, timeout: float = 120) -> dict[str
             return job
         time.sleep(0.3)
     logs = service.http.get(f"/v1/fine_tuning/jobs/{job_id}/logs").text
-    raise AssertionError(f"{job_id} is still {job['status']} after {timeout} s\n{logs[-5000:]}\n{service.log[-3000:]}")
+    raise AssertionError(
+        f"{job_id} is still {job['status']} after {timeout} s\n{logs[-5000:]}\n{service.log[-3000:]}"
+    )
 
 
 def create(service: ServiceProcess, file_id: str, **changes: Any) -> str:
-    response = service.http.post("/v1/fine_tuning/jobs", json={**NLS_JOB, "training_file": file_id, **changes})
+    response = service.http.post(
+        "/v1/fine_tuning/jobs", json={**NLS_JOB, "training_file": file_id, **changes}
+    )
     assert response.status_code == 200, response.text
     return str(response.json()["id"])
 
@@ -99,7 +106,8 @@ def test_an_nls_job_ends_with_a_stock_peft_adapter_and_its_search_space(
         "adapter_config.json", "adapter_model.safetensors", "nncf_config.json", "elastic_adapter_config.json",
         "tokenizer.json", "training_manifest.json",
     }  # fmt: skip
-    assert finished["fine_tuned_model"] and finished["trained_tokens"] > 0
+    assert finished["fine_tuned_model"]
+    assert finished["trained_tokens"] > 0
     adapted = peft.PeftModel.from_pretrained(base_model(ray_server), output)
     assert not torch.allclose(logits(adapted), logits(base_model(ray_server)), atol=1e-3)
 
@@ -109,20 +117,25 @@ def test_the_official_client_sees_the_job_its_events_and_its_checkpoints(
 ) -> None:
     jobs = ray_server.openai.fine_tuning.jobs
     job = jobs.retrieve(finished["id"])
-    assert job.status == "succeeded" and job.fine_tuned_model == finished["fine_tuned_model"]
+    assert job.status == "succeeded"
+    assert job.fine_tuned_model == finished["fine_tuned_model"]
     messages = [event.message for event in jobs.list_events(finished["id"], limit=100)]
     assert any("thread(s)" in message for message in messages)
     assert any("training loss" in message for message in messages)
     steps = [each.step_number for each in jobs.checkpoints.list(finished["id"])]
-    assert steps and max(steps) == 22
+    assert steps
+    assert max(steps) == 22
     newest = next(each for each in jobs.checkpoints.list(finished["id"]) if each.step_number == 22)
-    assert newest.metrics.train_loss is not None and newest.metrics.valid_loss is not None
+    assert newest.metrics.train_loss is not None
+    assert newest.metrics.valid_loss is not None
     assert finished["fine_tuned_model"] in [model.id for model in ray_server.openai.models.list()]
 
 
 def test_the_loss_goes_down(ray_server: ServiceProcess, finished: dict[str, Any]) -> None:
     events = ray_server.openai.fine_tuning.jobs.list_events(finished["id"], limit=100)
-    losses = [event.data["train_loss"] for event in events if event.type == "metrics" and "train_loss" in event.data]
+    losses = [
+        event.data["train_loss"] for event in events if event.type == "metrics" and "train_loss" in event.data
+    ]
     assert losses[0] < 0.97 * losses[-1]  # newest first
 
 
@@ -136,7 +149,8 @@ def test_an_extracted_sub_adapter_and_its_merged_model_compute_the_same(
     extracted = ray_server.http.post("/v1/finetune/extract_adapter", json=body)
     assert extracted.status_code == 200, extracted.text
     answer = extracted.json()
-    assert answer["fine_tuning_job_id"] == finished["id"] and answer["adapter_version"] == version
+    assert answer["fine_tuning_job_id"] == finished["id"]
+    assert answer["adapter_version"] == version
     expected = {"heuristic": [6, 6, 8, 8, 4, 4], "minimal": [4, 4, 4, 4, 2, 2], "mine": [8, 4, 4, 8, 2, 8]}
     assert [group["rank"] for group in answer["groups"]] == expected[version]
 

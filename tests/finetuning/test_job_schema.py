@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from comps.cores.errors import InvalidRequest
 from comps.finetuning.jobs.hyperparameters import effective
 from comps.finetuning.schemas.jobs import JobRequest
+from comps.finetuning.schemas.lora import LoraConfig
 from comps.finetuning.schemas.tolerant import MAX_WARNINGS, request_warnings
 
 LEAST: dict[str, Any] = {"training_file": "rows.json", "model": "org/base"}
@@ -58,6 +59,23 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (training.epochs, training.batch_size, training.learning_rate) == (1, 2, 5e-5)
     assert (training.lr_scheduler, training.weight_decay, training.optimizer) == ("linear", 0, "adamw_torch")
     assert (training.gradient_accumulation_steps, training.logging_steps, training.device) == (1, 10, "cpu")
+
+
+def test_null_stands_for_the_default() -> None:
+    everything: dict[str, Any] = {"General": {}, "Dataset": {}, "Training": {"resources_per_worker": {}}}
+    for name, block in everything.items():
+        fields = type(getattr(parse(), name)).model_fields
+        everything[name] = dict.fromkeys(fields) | block
+    nested = {"lora_config": dict.fromkeys(LoraConfig.model_fields), "config": {"token": None}}
+    everything["General"].update(nested)
+    rest = dict.fromkeys(JobRequest.model_fields.keys() - LEAST.keys())
+    request = parse(**(rest | everything))
+    assert request.model_dump() == parse().model_dump()
+    assert request_warnings(request) == []
+    assert parse(**dict.fromkeys(everything)).model_dump() == parse().model_dump()
+    assert parse(General={"lora_config": None}).General.lora_config is None
+    with pytest.raises(ValidationError, match=r"training_file\n.*required"):
+        parse(training_file=None)
 
 
 def test_unknown_keys_are_named_with_their_path_and_the_key_that_was_meant() -> None:

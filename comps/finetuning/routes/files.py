@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse
 from sqlalchemy import select, tuple_
 from starlette.concurrency import run_in_threadpool
 
+from comps.cores.app import content
 from comps.cores.errors import Conflict, InvalidRequest
 from comps.cores.uploads import receive_upload
 from comps.finetuning.dependencies import BlobsDep, DatabaseDep, OwnerDep, ReaderDep, SettingsDep
@@ -126,7 +127,7 @@ def retrieve_file(file_id: str, owner: OwnerDep, session: ReaderDep) -> FileObje
     return FileObject.of(find_file(session, file_id, owner))
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
+@router.get("/{file_id}/content", response_class=FileResponse, responses=content("application/octet-stream"))
 def download_file(file_id: str, owner: OwnerDep, session: ReaderDep, blobs: BlobsDep) -> FileResponse:
     """One file's bytes, always as a download: what it holds is the uploader's, not ours."""
     row = find_file(session, file_id, owner)

@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
+from comps.cores.app import content
 from comps.finetuning.dependencies import DatabaseDep, OwnerDep, SettingsDep
 from comps.finetuning.jobs.find import find_job
 from comps.finetuning.jobs.states import TERMINAL
@@ -30,6 +31,8 @@ def tail_offset(path: Path, lines: int) -> int:
     """The byte at which the last ``lines`` lines of a file begin. Reads no more than these."""
     with open(path, "rb") as stream:
         position = end = stream.seek(0, 2)
+        if lines == 0:
+            return end
         found = 0
         while position > 0:
             start = max(0, position - _CHUNK)
@@ -45,19 +48,19 @@ def tail_offset(path: Path, lines: int) -> int:
     return 0
 
 
-@router.get("/{fine_tuning_job_id}/logs", response_class=StreamingResponse)
+@router.get("/{fine_tuning_job_id}/logs", response_class=StreamingResponse, responses=content("text/plain"))
 async def job_logs(
     fine_tuning_job_id: JobPath,
     owner: OwnerDep,
     settings: SettingsDep,
     database: DatabaseDep,
-    tail: Annotated[int | None, Query(ge=1, le=1_000_000, description="Only the last lines")] = None,
+    tail: Annotated[int | None, Query(ge=0, le=1_000_000, description="Only the last lines")] = None,
     follow: Annotated[bool, Query(description="Go on until the job has ended")] = False,
 ) -> StreamingResponse:
     """Standard output and error of the run, as plain text. Empty before it starts."""
     job_id = await run_in_threadpool(_known_id, database, fine_tuning_job_id, owner)
     path = settings.jobs_dir / job_id / LOG
-    offset = await run_in_threadpool(tail_offset, path, tail) if tail and path.exists() else 0
+    offset = await run_in_threadpool(tail_offset, path, tail) if tail is not None and path.exists() else 0
     text = _read(path, offset, database, job_id if follow else None)
     return StreamingResponse(text, media_type="text/plain; charset=utf-8")
 

@@ -20,6 +20,7 @@ from comps.finetuning.jobs.find import find_base_model, find_model, visible
 from comps.finetuning.jobs.states import ACTIVE
 from comps.finetuning.registry import inspect_directory
 from comps.finetuning.schemas.models import ModelDeleted, ModelList, ModelObject, RegisterModel
+from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.tables import JobRow, ModelRow
 
@@ -76,7 +77,7 @@ def register_model(
     )
     session.add(row)
     session.flush()
-    return ModelObject.of(row)
+    return ModelObject.of(row, request_warnings(body))
 
 
 def _base_model(

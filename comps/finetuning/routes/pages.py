@@ -27,7 +27,7 @@ def newest_first(
     if after is not None:
         last = session.scalar(query.with_only_columns(table.sequence).where(table.id == after))
         if last is None:
-            raise InvalidRequest(f"after: there is no {after[:80]!r}.", param="after")
+            raise InvalidRequest(f"after: nothing in this list has the id {after[:80]!r}.", param="after")
         query = query.where(table.sequence < last)
     rows = list(session.scalars(query.order_by(table.sequence.desc()).limit(limit + 1)))
     return rows[:limit], len(rows) > limit

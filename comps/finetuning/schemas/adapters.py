@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from comps.finetuning.schemas.jobs import NAME
+from comps.finetuning.schemas.jobs import Name
 from comps.finetuning.schemas.tolerant import Integer, Tolerant
 
 # Names that the output directory of a job has other uses for, whatever their case.
@@ -24,7 +24,7 @@ def _not_reserved(name: str) -> str:
     return name
 
 
-Version = Annotated[str, Field(pattern=NAME), AfterValidator(_not_reserved)]
+Version = Annotated[Name, AfterValidator(_not_reserved)]
 
 
 class AdapterRequest(Tolerant):

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr
 
 from comps.finetuning.schemas.lora import LoraConfig
 from comps.finetuning.schemas.tolerant import Count, Tolerant, unused
+
+
+def _no_remote_code(value: object) -> object:
+    if value not in (False, "false"):
+        raise ValueError("code that comes with a model is never run; leave this out or set it to false")
+    return False
 
 
 class HubConfig(Tolerant):
     """How the base model is loaded. The token is held in memory for this job alone."""
 
     token: Annotated[SecretStr, Field(max_length=500)] | None = None
-    trust_remote_code: Literal[False] = Field(
-        False, description="Code that comes with a model is never run, so only false is accepted"
-    )
+    trust_remote_code: Annotated[Literal[False], BeforeValidator(_no_remote_code)] = False
 
 
 class GeneralBlock(Tolerant):

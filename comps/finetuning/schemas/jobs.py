@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from comps.finetuning.schemas.dataset import DatasetBlock
 from comps.finetuning.schemas.general import GeneralBlock
@@ -13,9 +14,20 @@ from comps.finetuning.schemas.integrations import Integration
 from comps.finetuning.schemas.tolerant import Tolerant
 from comps.finetuning.schemas.training import Seed, TrainingBlock
 
-# What a suffix or a sub-adapter's version may look like: it becomes part of names and directories.
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
+
+def _check_name(value: str) -> str:
+    if not re.fullmatch(_NAME, value):
+        raise ValueError(
+            "a name of at most 64 letters, digits, '.', '_' and '-' was expected, the first of them a letter "
+            "or a digit"
+        )
+    return value
+
+
+# A suffix or a sub-adapter's version: it becomes part of names and directories.
+Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
@@ -30,7 +42,7 @@ class JobRequest(Tolerant):
     validation_file: str | None = Field(None, max_length=1024)
     hyperparameters: Hyperparameters | None = None
     method: Method | None = None
-    suffix: Annotated[str, Field(pattern=NAME)] | None = None
+    suffix: Name | None = None
     seed: Seed | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     integrations: Annotated[list[Integration], Field(max_length=1)] | None = None

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, field_validator
 
 from comps.finetuning.catalog import MAX_NAME, check_name
+from comps.finetuning.schemas.tolerant import Tolerant
 from comps.finetuning.store.tables import ModelRow
 
 RESERVED = ("ft-job-", "ft:", "file-")  # ids that the service itself gives
@@ -24,9 +25,10 @@ class ModelObject(BaseModel):
     path: str
     job_id: str | None = None
     details: dict[str, Any] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
 
     @classmethod
-    def of(cls, row: ModelRow) -> ModelObject:
+    def of(cls, row: ModelRow, warnings: list[str] | None = None) -> ModelObject:
         return cls(
             id=row.id,
             created=int(row.created_at),
@@ -36,6 +38,7 @@ class ModelObject(BaseModel):
             path=row.path,
             job_id=row.job_id,
             details=row.details,
+            warnings=warnings or [],
         )
 
 
@@ -50,7 +53,7 @@ class ModelDeleted(BaseModel):
     deleted: bool = True
 
 
-class RegisterModel(BaseModel):
+class RegisterModel(Tolerant):
     """A directory under the models root that shall have a name. ``path`` is relative to that root."""
 
     id: str = Field(min_length=1, max_length=MAX_NAME)

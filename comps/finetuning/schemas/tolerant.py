@@ -2,9 +2,9 @@
 
 Old clients send misspelt and extra keys, and pipelines pass whole objects on, so an unknown key never
 fails a request; it becomes a warning that names its dotted path and, where one is close, the key that was
-probably meant. Fields that other components act on and this one does not are declared with
-:func:`unused`: a value other than their default becomes a warning too. Wrong values of known fields are
-pydantic's validation errors.
+probably meant. A null stands for the default where the field itself cannot be null. Fields that other
+components act on and this one does not are declared with :func:`unused`: a value other than their default
+becomes a warning too. Other wrong values of known fields are pydantic's validation errors.
 
 The values of unknown keys are dropped at once, so that a secret under a misspelt name is stored nowhere.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
@@ -52,11 +52,19 @@ class Tolerant(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _remember_unknown(cls, data: Any, handler: ModelWrapValidatorHandler[Tolerant]) -> Tolerant:
-        model = handler(data)
-        if isinstance(data, dict):
-            model._unknown = tuple(str(key) for key in data if key not in cls.model_fields)
+    def _tolerate(cls, data: Any, handler: ModelWrapValidatorHandler[Tolerant]) -> Tolerant:
+        if not isinstance(data, dict):
+            return handler(data)
+        model = handler(
+            {key: value for key, value in data.items() if value is not None or cls._may_be_null(key)}
+        )
+        model._unknown = tuple(str(key) for key in data if key not in cls.model_fields)
         return model
+
+    @classmethod
+    def _may_be_null(cls, key: str) -> bool:
+        field = cls.model_fields.get(key)
+        return field is not None and type(None) in get_args(field.annotation)
 
     def unknown_keys(self) -> tuple[str, ...]:
         """The keys that this block does not know, in the order in which they came."""
