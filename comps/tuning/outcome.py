@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 from comps.tuning import rundir
-from comps.tuning.errors import TuningError
+from comps.tuning.errors import ResourceError, TuningError
 
 
 def succeeded(directory: Path, result: dict[str, Any]) -> None:
@@ -19,9 +20,20 @@ def failed(directory: Path, error: Exception) -> None:
 
     A run that merely died (killed, lost its machine) must leave no result: then it is started again.
     """
+    rundir.write_json(directory / rundir.RESULT, {"outcome": "failed", "error": _facts(error)})
+
+
+def _facts(error: Exception) -> dict[str, Any]:
     if isinstance(error, TuningError):
-        facts = {"code": error.code, "message": error.message, "param": error.param}
+        return {"code": error.code, "message": error.message, "param": error.param}
+    # PyTorch has a class for an accelerator's memory only.
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        code = ResourceError.code
+        message = (
+            "there is not enough memory; use a smaller batch_size or max_length, or gradient checkpointing"
+        )
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        code, message = ResourceError.code, "the disk is full"
     else:
-        message = f"unexpected {type(error).__name__}: {error}".strip()
-        facts = {"code": "server_error", "message": message, "param": None}
-    rundir.write_json(directory / rundir.RESULT, {"outcome": "failed", "error": facts})
+        code, message = "server_error", f"unexpected {type(error).__name__}: {error}".strip()
+    return {"code": code, "message": message, "param": None}

@@ -7,8 +7,11 @@
       events.jsonl    one JSON object a line, appended by rank 0 and followed by the service
       log.txt         standard output and error of the run
       result.json     the end state, written last (atomically): its presence is the evidence
+      stop            written by the service: save a checkpoint after this step and end without a result
       output/         what users get: the adapter, checkpoint-<step>/, <version>/, merged models
+      reports/        what TensorBoard and other trackers write
       scratch/        anything half-written; may be deleted at any time when no run is active
+      .lock           held by the attempt that runs
 
 Needs no torch: the service reads these files too.
 """
@@ -28,8 +31,11 @@ SPEC = "spec.json"
 EVENTS = "events.jsonl"
 LOG = "log.txt"
 RESULT = "result.json"
+STOP = "stop"
 OUTPUT = "output"
+REPORTS = "reports"
 SCRATCH = "scratch"
+LOCK = ".lock"
 CHECKPOINT_PREFIX = "checkpoint-"
 
 

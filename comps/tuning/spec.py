@@ -13,6 +13,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+# The Trainer's schedules and optimizers that need no settings, or packages, of their own.
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial",
+    "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"]
+
 
 class Spec(BaseModel):
     """Base of all specs: immutable, unknown keys are errors."""
@@ -101,10 +108,10 @@ class OptimizationSpec(Spec):
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_train_steps: int | None = Field(None, ge=1)
     learning_rate: float = Field(5e-5, gt=0)
-    lr_scheduler: str = "linear"
+    lr_scheduler: Scheduler = "linear"
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0, ge=0)
-    optimizer: str = "adamw_torch"
+    optimizer: Optimizer = "adamw_torch"
     logging_steps: int = Field(10, ge=1)
     save_strategy: Literal["no", "epoch", "steps"] = "steps"
     save_steps: int | None = Field(None, ge=1)  # None: a tenth of the run

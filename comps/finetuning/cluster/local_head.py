@@ -1,8 +1,9 @@
-"""A Ray head of the service's own: loopback only, token authentication on, one process group.
+"""A Ray head of the service's own: loopback only, token authentication on, found again after a crash.
 
 The head outlives the service (a killed service must not take running jobs with it), so what is
-needed to find it again is kept in ``<data dir>/ray/head.json``. Nothing here runs ``ray stop``, which
-would end every Ray on the machine.
+needed to find it again is kept in ``<data dir>/ray/head.json``. Its processes are known by a variable
+in their environment, which all of them inherit: process ids and sessions can belong to others after a
+reboot. Nothing here runs ``ray stop``, which would end every Ray on the machine.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,11 @@ from typing import Any
 import psutil
 
 from comps.tuning.rundir import write_json
+
+# Carried by every process of a head, with the head's directory as its value.
+MARK = "COMPS_RAY_HEAD"
+# Not for jobs: the operator's secrets, and addresses and settings that would lead the head astray.
+_PRIVATE = ("FINETUNING_", "OPEA_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_ADDRESS")
 
 
 def token_file(directory: Path) -> Path:
@@ -48,29 +56,32 @@ class LocalHead:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.directory = directory
-        self.token_path = token_file(directory)
-        self._record = directory / "head.json"
+        self.directory = directory.resolve()
+        self.token_path = token_file(self.directory)
+        self._record = self.directory / "head.json"
         # Ray puts Unix sockets below its temporary directory, and their paths are limited to 107
         # bytes; a data directory may lie deeper than that leaves room for.
-        name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
-        self._temp_dir = Path("/tmp") / f"ray-{os.getuid()}-{name}"
+        name = hashlib.sha256(str(self.directory).encode()).hexdigest()[:12]
+        self._private_dir = Path("/tmp") / f"ray-{os.getuid()}-{name}"
 
     @property
     def token(self) -> str:
         return self.token_path.read_text().strip()
 
-    def environment(self) -> dict[str, str]:
-        """What a process needs besides its own environment to talk to this head."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path.resolve())}
-
     def find(self) -> str | None:
         """The dashboard's address of a head that an earlier service started and that still runs."""
         record = self._read_record()
-        return record["dashboard"] if record and self._process(record) else None
+        return record["dashboard"] if record and self._runs(record) else None
+
+    def alive(self) -> bool:
+        """Whether the head's first process runs; it ends when any other of the head's does."""
+        return self.find() is not None
 
     def start(self) -> str:
-        """Start a head and return its dashboard's address at once; it answers some seconds later."""
+        """Start a head and return its dashboard's address at once; it answers some seconds later.
+
+        What is left of an earlier head is ended first. Raises ``OSError`` when there is no place for it.
+        """
         self.stop()
         gcs, dashboard, client_server = _free_ports(3)
         command = [
@@ -78,18 +89,15 @@ class LocalHead:
             "--node-ip-address=127.0.0.1", f"--port={gcs}",
             "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
             f"--ray-client-server-port={client_server}", "--dashboard-agent-listen-port=0",
-            "--metrics-export-port=0", "--disable-usage-stats", f"--temp-dir={self._temp_dir}",
+            "--metrics-export-port=0", "--disable-usage-stats", f"--temp-dir={self._session_dir()}",
+            # No autoscaler, and runs write their own logs: two processes less.
+            "--no-monitor", "--include-log-monitor=false",
             # Jobs exchange tensors through gloo and files through the disk, not through Ray's store.
             f"--object-store-memory={128 * 1024 * 1024}",
         ]  # fmt: skip
-        environment = {**os.environ, **self.environment()}
-        # A stale address from the operator's shell must not lead the new head astray, and the
-        # operator's secrets are no business of every job's.
-        for name in ("RAY_ADDRESS", "HF_TOKEN", "FINETUNING_API_KEYS", "OPEA_API_KEYS"):
-            environment.pop(name, None)
         with open(self.directory / "head.log", "ab") as log:
             process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                command, env=self._environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
         address = f"http://127.0.0.1:{dashboard}"
@@ -97,26 +105,60 @@ class LocalHead:
         write_json(self._record, {"pid": process.pid, "created": created, "dashboard": address})
         return address
 
-    def alive(self) -> bool:
-        record = self._read_record()
-        return bool(record and self._process(record))
-
-    def stop(self, grace: float = 10) -> None:
-        """End the head and all its processes: SIGTERM, then SIGKILL for what is left after ``grace`` s."""
-        record = self._read_record()
-        if record is None:
-            return
-        members = self._members(record)
+    def stop(self, grace: float = 5) -> None:
+        """End all processes of the head: SIGTERM, then SIGKILL for what is left after ``grace`` seconds."""
+        members = self.processes()
         for process in members:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGTERM)
-        _, left = psutil.wait_procs(members, timeout=grace)
-        # Ray's GCS may outlive SIGTERM, and new workers may have appeared meanwhile.
-        for process in {*left, *self._members(record)}:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=5)
+        psutil.wait_procs(members, timeout=grace)
+        # Ray's GCS may outlive SIGTERM, and new processes may have appeared meanwhile.
+        while left := self.processes():
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=1)
         self._record.unlink(missing_ok=True)
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the head, also those of its jobs, also when its first one is gone."""
+        members = []
+        for process in psutil.process_iter():
+            # Gone meanwhile, or another user's.
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(MARK) == str(self.directory):
+                    members.append(process)
+        return members
+
+    def _environment(self) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
+        return inherited | {
+            MARK: str(self.directory),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_path),
+            # Without this Ray replaces 127.0.0.1 by the machine's address and listens on all interfaces:
+            # the switch keeps Ray on loopback, as it does by default where clusters are not supported.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Ray's processes rename themselves; this keeps their environment (the mark) readable.
+            "SPT_NOENV": "1",
+            # Jobs have an environment of their own, which workers started in advance don't fit.
+            "RAY_prestart_worker_first_driver": "0",
+        }
+
+    def _session_dir(self) -> Path:
+        """Ray's temporary directory, within one that only this user may enter; Ray opens its own to all.
+
+        Of earlier sessions the newest is kept, so that its logs can tell why it ended.
+        """
+        self._private_dir.mkdir(mode=0o700, exist_ok=True)
+        facts = self._private_dir.lstat()
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+            raise PermissionError(f"{self._private_dir} is not a directory of this user")
+        self._private_dir.chmod(0o700)
+        sessions = [path for path in self._private_dir.glob("s/session_*") if not path.is_symlink()]
+        for old in sorted(sessions)[:-1]:
+            shutil.rmtree(old)
+        return self._private_dir / "s"
 
     def _read_record(self) -> dict[str, Any] | None:
         if not self._record.exists():
@@ -124,28 +166,11 @@ class LocalHead:
         record: dict[str, Any] = json.loads(self._record.read_text())
         return record
 
-    def _process(self, record: dict[str, Any]) -> psutil.Process | None:
-        """The head's first process, unless its id belongs to another process by now."""
+    def _runs(self, record: dict[str, Any]) -> bool:
+        """Whether the head's first process runs, and its id does not belong to another one by now."""
         try:
             process = psutil.Process(record["pid"])
             same = abs(process.create_time() - record["created"]) < 1
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+            return bool(same and process.status() != psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
-            return None
-
-    def _members(self, record: dict[str, Any]) -> list[psutil.Process]:
-        """All processes of the head, also when its first one is gone: those of its session, and those
-        that carry its token (a job's driver gets a session of its own)."""
-        members = []
-        token_path = str(self.token_path.resolve())
-        for process in psutil.process_iter():
-            try:
-                # Older than the head: an id that was used again, or the shell that we came from.
-                if process.pid == os.getpid() or process.create_time() < record["created"] - 1:
-                    continue
-                ours = os.getsid(process.pid) == record["pid"]
-                if ours or process.environ().get("RAY_AUTH_TOKEN_PATH") == token_path:
-                    members.append(process)
-            except (psutil.Error, ProcessLookupError, PermissionError):
-                continue  # gone meanwhile, or another user's
-        return members
+            return False

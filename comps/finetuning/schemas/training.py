@@ -7,16 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from comps.finetuning.schemas.tolerant import OTHER_TASK, Count, Integer, Number, Tolerant, no_boolean, unused
+from comps.tuning.spec import Optimizer, Scheduler
 
 MAX_SEED = 2**32 - 1  # what NumPy's generator takes
 DEFAULT_LEARNING_RATE = 5e-5
-
-# Those of the training loop that need no settings of their own.
-Scheduler = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial",
-    "constant", "constant_with_warmup", "inverse_sqrt",
-]  # fmt: skip
-Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"]
 
 
 def _device(value: object) -> object:

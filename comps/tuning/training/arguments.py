@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from transformers import SchedulerType, TrainingArguments
-from transformers.training_args import OptimizerNames
+from transformers import TrainingArguments
 
-from comps.tuning.errors import TuningError
 from comps.tuning.spec import TrainSpec
 
 # A run saves (and validates) this many times unless it is told otherwise.
@@ -34,12 +32,8 @@ def save_interval(spec: TrainSpec, rows: int) -> int:
 def training_arguments(spec: TrainSpec, scratch: Path, rows: int, validate: bool) -> TrainingArguments:
     """The Trainer's arguments. ``scratch`` takes what it saves; ``rows`` is the number of training rows;
     ``validate`` says whether there is a validation set, which is then measured before each checkpoint.
-
-    Raises :class:`TuningError` for names that transformers does not know.
     """
     training = spec.training
-    _known("lr_scheduler", training.lr_scheduler, [each.value for each in SchedulerType])
-    _known("optimizer", training.optimizer, [each.value for each in OptimizerNames])
     interval = save_interval(spec, rows)
     distributed = spec.resources.num_workers > 1
     return TrainingArguments(
@@ -70,17 +64,10 @@ def training_arguments(spec: TrainSpec, scratch: Path, rows: int, validate: bool
         ddp_backend="gloo" if distributed and spec.resources.device == "cpu" else None,
         ddp_find_unused_parameters=False,
         include_num_input_tokens_seen="non_padding",
-        report_to=training.report_to,
+        report_to="none",  # see trackers
         run_name=spec.job_id,
         seed=training.seed,
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-
-
-def _known(field: str, value: str, names: list[str]) -> None:
-    if value not in names:
-        raise TuningError(
-            f"Training.{field} is {value!r}, but must be one of {', '.join(names)}", param=f"Training.{field}"
-        )

@@ -1,4 +1,4 @@
-"""What happens between the steps of transformers' Trainer: ranks, progress, checkpoints."""
+"""What happens between the steps of transformers' Trainer: ranks, progress, checkpoints, and a stop."""
 
 from __future__ import annotations
 
@@ -125,12 +125,15 @@ class CheckpointPublisher(TrainerCallback):  # type: ignore[misc]
         written = Path(args.output_dir) / f"{rundir.CHECKPOINT_PREFIX}{step}"
         metrics = self._metrics(state)
         final = checkpoints.publish(written, self._output, step, metrics)
+        published = checkpoints.steps(self._output)
+        removed = list(published)[: -self._keep] if self._keep else []
+        # Said first: a checkpoint that is on the list must be there.
         self._events.write(
-            f"Checkpoint at step {step}", type="checkpoint", step=step, path=str(final), metrics=metrics
-        )
-        if self._keep:
-            for old in list(checkpoints.steps(self._output).values())[: -self._keep]:
-                shutil.rmtree(old)
+            f"Checkpoint at step {step}",
+            type="checkpoint", step=step, path=str(final), metrics=metrics, removed=removed,
+        )  # fmt: skip
+        for old in removed:
+            shutil.rmtree(published[old])
 
     @staticmethod
     def _metrics(state: TrainerState) -> dict[str, Any]:
@@ -142,3 +145,35 @@ class CheckpointPublisher(TrainerCallback):  # type: ignore[misc]
             if "eval_loss" in entry and entry["step"] == state.global_step:
                 metrics.setdefault("valid_loss", entry["eval_loss"])
         return metrics
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved a checkpoint to go on from."""
+
+
+class StopOnRequest(TrainerCallback):  # type: ignore[misc]
+    """Ends the training after the step in which the file ``request`` appears, with a checkpoint.
+
+    It must come after the :class:`CheckpointPublisher`. Raises :class:`Stopped` on every rank.
+    """
+
+    def __init__(self, request: Path) -> None:
+        self._request = request
+        self._asked = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        asked = self._request.exists()
+        if args.world_size > 1:
+            # One worker may see the file a moment before another; all must agree on the step.
+            anyone = torch.tensor(float(asked), device=args.device)
+            torch.distributed.all_reduce(anyone, torch.distributed.ReduceOp.MAX)
+            asked = bool(anyone)
+        self._asked = asked and state.global_step < state.max_steps
+        if self._asked:
+            control.should_save, control.should_evaluate = True, False
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        if self._asked:
+            raise Stopped

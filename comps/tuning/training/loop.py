@@ -1,16 +1,15 @@
 """Train one adapter: what each data-parallel worker does, from the spec to the finished output.
 
 With one worker this is an ordinary function call. With several, the process group must exist already
-(Ray Train makes it, see ``on_ray``); rank 0 alone writes events and files.
+(Ray Train makes it, see ``on_ray``); rank 0 alone writes events and files. Who may run at all, and what
+becomes of the outcome, is the caller's business (``comps.tuning.attempt``).
 """
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,37 @@ from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.spec import TrainSpec
 from comps.tuning.training import checkpoints, facts
 from comps.tuning.training.arguments import training_arguments
-from comps.tuning.training.callbacks import CheckpointPublisher, Progress, RankSampler
+from comps.tuning.training.callbacks import (
+    CheckpointPublisher,
+    Progress,
+    RankSampler,
+    StopOnRequest,
+    Stopped,
+)
 from comps.tuning.training.finish import write_output
+from comps.tuning.training.trackers import trackers
 from comps.tuning.training.trainer import TuningTrainer
 
 
-def train(spec: TrainSpec, rank: int = 0) -> dict[str, Any]:
-    """Run the job ``spec`` in this process as worker ``rank``. Returns the result (on every rank).
+def train(spec: TrainSpec, rank: int = 0) -> dict[str, Any] | None:
+    """Run the job ``spec`` in this process as worker ``rank``.
 
+    Returns the result (on every rank), or ``None`` when it was asked to stop before the end.
     Resumes from the run's own newest good checkpoint, else from ``spec.resume_from``.
     Raises :class:`TuningError` with a sentence for whatever a person can act on.
     """
-    with _only_writer(spec.directory, rank):
-        return _train(spec, rank)
+    if rank:
+        return _train(spec, None)
+    shutil.rmtree(spec.directory / rundir.SCRATCH, ignore_errors=True)
+    (spec.directory / rundir.OUTPUT).mkdir(parents=True, exist_ok=True)
+    with closing(rundir.EventWriter(spec.directory)) as events:
+        return _train(spec, events)
 
 
-def _train(spec: TrainSpec, rank: int) -> dict[str, Any]:
+def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any] | None:
+    """``events`` is ``None`` on all ranks but 0."""
     began = time.monotonic()
     output, scratch = spec.directory / rundir.OUTPUT, spec.directory / rundir.SCRATCH
-    events = None
-    if rank == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        output.mkdir(parents=True, exist_ok=True)
-        scratch.mkdir()
-        events = rundir.EventWriter(spec.directory)
     if spec.resources.cpus:
         torch.set_num_threads(spec.resources.cpus)
     if events:
@@ -60,6 +66,7 @@ def _train(spec: TrainSpec, rank: int) -> dict[str, Any]:
             f"on {facts.optional_stack()}",
             machine=machine, versions=facts.versions(),
         )  # fmt: skip
+    resume = _resume_point(spec, output, events)
     set_seed(spec.training.seed)
 
     tokenizer = load_tokenizer(spec.base_model)
@@ -73,7 +80,6 @@ def _train(spec: TrainSpec, rank: int) -> dict[str, Any]:
     if events:
         _report_model(events, spec, model, space, loaded - mark, time.monotonic() - loaded)
 
-    resume = _resume_point(spec, output, events)
     trainer = TuningTrainer(
         model=model,
         args=training_arguments(spec, scratch, len(data.train), data.validation is not None),
@@ -88,9 +94,14 @@ def _train(spec: TrainSpec, rank: int) -> dict[str, Any]:
         shuffle=spec.data.shuffle,
         callbacks=_callbacks(spec, controller, events, output),
     )
-    if events and resume is None:
+    if events:
         events.write(f"Set-up took {time.monotonic() - began:.1f} s; the first step follows")
-    trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except Stopped:
+        if events:
+            events.write(f"Stopped on request after step {trainer.state.global_step}")
+        return None
 
     result = {
         "path": str(output),
@@ -104,39 +115,21 @@ def _train(spec: TrainSpec, rank: int) -> dict[str, Any]:
         write_output(spec, model, tokenizer, space, result)
         shutil.rmtree(scratch)
         events.write(f"The adapter is written: {trained.global_step} steps in {result['seconds']} s")
-        events.close()
     return result
-
-
-@contextmanager
-def _only_writer(directory: Path, rank: int) -> Iterator[None]:
-    """Hold the run's directory. An older attempt that still lives is waited for, never written beside."""
-    if rank:
-        yield
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as lock:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TuningError("another process is still training this very job") from None
-                time.sleep(0.2)
-        yield
 
 
 def _callbacks(
     spec: TrainSpec, controller: ElasticController | None, events: rundir.EventWriter | None, output: Path
 ) -> list[Any]:
-    callbacks: list[Any] = [CheckpointPublisher(output, events, spec.training.save_total_limit)]
+    callbacks: list[Any] = [
+        CheckpointPublisher(output, events, spec.training.save_total_limit),
+        StopOnRequest(spec.directory / rundir.STOP),
+    ]
     if controller is not None:
         per_micro_batch = spec.lora.sample_per == "micro_batch"
         callbacks.append(RankSampler(controller, spec.training.seed, per_micro_batch))
     if events is not None:
-        callbacks.append(Progress(events))
+        callbacks += [Progress(events), *trackers(spec)]
     return callbacks
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import ray
@@ -9,28 +11,27 @@ import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from comps.tuning import outcome
-from comps.tuning.errors import TuningError
+from comps.tuning import attempt
 from comps.tuning.spec import TrainSpec, load_spec
+
+# Ray Train passes these on to its controller and workers.
+_RAY_TRAIN = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor less: dying runs are started again in any case
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # what is printed goes to the run's log, once
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end is noticed at once
+}
 
 
 def _worker(config: dict[str, str]) -> None:
     """Runs in each Ray Train worker. Heavy imports happen here, in the workers, side by side."""
     spec = load_spec(Path(config["spec"]))
     assert isinstance(spec, TrainSpec)
-    rank = ray.train.get_context().get_world_rank()
-    try:
-        from comps.tuning.training.loop import train
+    attempt.log_to(spec.directory)
+    from comps.tuning.training.loop import train
 
-        result = train(spec, rank)
-    except Exception as error:
-        # Among several workers an unexpected error is often only the echo of another one's death
-        # (a closed connection): then nothing is recorded, and the run is started again.
-        if isinstance(error, TuningError) or spec.resources.num_workers == 1:
-            outcome.failed(spec.directory, error)
-        raise
-    if rank == 0:
-        outcome.succeeded(spec.directory, result)
+    rank = ray.train.get_context().get_world_rank()
+    workers = spec.resources.num_workers
+    attempt.carry_out(spec.directory, lambda: train(spec, rank), rank=rank, workers=workers)
 
 
 def train_on_ray(spec: TrainSpec, spec_path: Path) -> None:
@@ -38,10 +39,14 @@ def train_on_ray(spec: TrainSpec, spec_path: Path) -> None:
 
     Raises ``ray.train.TrainingFailedError`` when a worker died or raised.
     """
+    for name, value in _RAY_TRAIN.items():
+        os.environ.setdefault(name, value)
     resources = spec.resources
     per_worker: dict[str, float] = {"CPU": resources.cpus or 1}
     if resources.gpus:
         per_worker["GPU"] = resources.gpus
+    ray.init(log_to_driver=False)  # the workers write the run's log themselves
+    storage = spec.directory / "ray_train"
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"spec": str(spec_path)},
@@ -50,7 +55,10 @@ def train_on_ray(spec: TrainSpec, spec_path: Path) -> None:
             resources_per_worker=per_worker,
             use_gpu=resources.device == "cuda",
         ),
-        run_config=RunConfig(name=spec.job_id, storage_path=str(spec.directory / "ray_train")),
+        run_config=RunConfig(name=spec.job_id, storage_path=str(storage)),
         torch_config=TorchConfig(backend="gloo" if resources.device == "cpu" else "nccl"),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)  # an empty marker: our checkpoints lie elsewhere
