@@ -231,6 +231,7 @@ def test_a_log_is_given_whole_or_its_end(server: ServiceProcess, finished: str) 
     assert server.http.get(url).text == log.read_text()
     assert server.http.get(url, params={"tail": 2}).text == "line 49998\nline 49999\n"
     assert server.http.get(url, params={"tail": 60_000}).text == log.read_text()
+    assert server.http.get(url, params={"tail": 0}).text == ""
     with open(log, "a") as stream:
         stream.write("unfinished")
     assert server.http.get(url, params={"tail": 1, "follow": True}).text == "unfinished"
@@ -306,6 +307,11 @@ def test_two_extractions_at_once_are_one_run(
         thread.join()
     assert len({answer["id"] for answer in answers}) == 1
     assert answers[0]["status"] == "queued"
+    run = f"/v1/fine_tuning/jobs/{answers[0]['id']}"
+    events = server.http.get(f"{run}/events").json()["data"]
+    assert [event["message"] for event in events] == [f"Created: extract of the job {finished}"]
+    assert server.http.get(f"{run}/logs").status_code == 200
+    assert server.http.get(run).status_code == 404
 
 
 @pytest.mark.parametrize("route", MERGE)

@@ -52,6 +52,14 @@ def find_job(session: Session, job_id: str, owner: str | None, param: str = "fin
     return job
 
 
+def find_run(session: Session, job_id: str, owner: str | None) -> JobRow:
+    """A job of any kind: extractions and merges have events and logs, too. Raises :class:`NotFound`."""
+    run = session.scalar(select(JobRow).where(JobRow.id == job_id, visible(JobRow, owner)))
+    if run is None:
+        raise NotFound(f"There is no job {job_id[:_SHOWN]!r}.", param="fine_tuning_job_id")
+    return run
+
+
 def find_file(session: Session, file_id: str, owner: str | None) -> FileRow:
     """A stored file by its id. Raises :class:`NotFound`."""
     row = session.scalar(usable_files(owner).where(FileRow.id == file_id))

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from comps.cores.app import content
 from comps.finetuning.dependencies import DatabaseDep, OwnerDep, SettingsDep
-from comps.finetuning.jobs.find import find_job
+from comps.finetuning.jobs.find import find_run
 from comps.finetuning.jobs.states import TERMINAL
 from comps.finetuning.routes.jobs import JobPath
 from comps.finetuning.store.database import Database
@@ -57,7 +57,7 @@ async def job_logs(
     tail: Annotated[int | None, Query(ge=0, le=1_000_000, description="Only the last lines")] = None,
     follow: Annotated[bool, Query(description="Go on until the job has ended")] = False,
 ) -> StreamingResponse:
-    """Standard output and error of the run, as plain text. Empty before it starts."""
+    """Standard output and error of a run, also of an extraction or a merge. Empty before it starts."""
     job_id = await run_in_threadpool(_known_id, database, fine_tuning_job_id, owner)
     path = settings.jobs_dir / job_id / LOG
     offset = await run_in_threadpool(tail_offset, path, tail) if tail is not None and path.exists() else 0
@@ -67,7 +67,7 @@ async def job_logs(
 
 def _known_id(database: Database, job_id: str, owner: str | None) -> str:
     with database.reading() as session:
-        return find_job(session, job_id, owner).id
+        return find_run(session, job_id, owner).id
 
 
 def _ended(database: Database, job_id: str) -> bool:
