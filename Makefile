@@ -40,8 +40,11 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-bench: setup
-	$(BIN)/python -m tests.benchmarks.run
+# DATA: instruction records; what the log quotes was measured with ARC-Easy (examples/prepare_arc.py).
+DATA ?= examples/data/bookings_train.json
+bench: model
+	$(BIN)/python -m tests.benchmarks.startup --model $(MODEL) --data $(DATA)
+	$(BIN)/python -m tests.benchmarks.training --model $(MODEL) --data $(DATA)
 
 check: setup
 	$(BIN)/ruff check .

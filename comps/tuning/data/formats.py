@@ -276,8 +276,8 @@ def _read_parquet(path: Path, name: str, limit: int) -> Numbered:
                     if record.nbytes > limit:
                         raise _too_large(f"{name}, record {number}", limit)
                     yield number, record.to_pylist()[0]
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise DataError(f"{name}: is not a readable Parquet file after record {number}: {reason}") from error
 
 

@@ -1,0 +1,98 @@
+"""From the command to a healthy service, and from an accepted job to its first training step.
+
+``python -m tests.benchmarks.startup --model DIR --data FILE``: a real service with its own Ray, and NLS
+jobs of three steps one after another. The phases come from the job's events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.benchmarks.machine import describe
+from tests.service_process import ServiceProcess
+
+JOB = {
+    "General": {
+        "lora_config": {
+            "r": 16, "lora_alpha": 32, "lora_dropout": 0, "neural_lora_search": True,
+            "target_module_groups": [["q_proj", "k_proj", "v_proj"], ["up_proj"], ["down_proj"]],
+            "search_space": ["16,12,8", "16,12,8", "16,12,8"],
+        },
+        "save_strategy": "no",
+    },
+    "Dataset": {"max_length": 256, "validation_split_percentage": 0},
+    "Training": {"batch_size": 16, "max_train_steps": 3},
+}  # fmt: skip
+# Words of an event of the run, and what has been reached with it.
+PHASES = {
+    "Training with": "worker up, libraries imported",
+    " training rows": "tokenised",
+    "Loaded ": "model loaded, adapter set up",
+    "First step done": "first step done",
+}
+
+
+def phases(service: ServiceProcess, body: dict[str, Any]) -> dict[str, float]:
+    """Seconds from the request to each phase of one job."""
+    began = time.time()
+    job = service.http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
+    while service.http.get(f"/v1/fine_tuning/jobs/{job}").json()["status"] not in ("succeeded", "failed"):
+        time.sleep(0.5)
+    events = service.http.get(f"/v1/fine_tuning/jobs/{job}/events", params={"limit": 100}).json()["data"]
+    lines = (service.data_dir / "jobs" / job / "events.jsonl").read_text().splitlines()
+    found = {
+        "validated": next(e["created_at"] for e in events if e["message"].startswith("Files validated")),
+        "submitted": next(e["created_at"] for e in events if e["message"].startswith("The job is starting")),
+    }
+    for line in map(json.loads, lines):
+        for words, name in PHASES.items():
+            if words in line["message"]:
+                found.setdefault(name, line["created_at"])
+    return {name: at - began for name, at in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    starts: list[tuple[float, float]] = []
+    for _ in range(arguments.repeats):
+        with tempfile.TemporaryDirectory() as directory:
+            began = time.monotonic()
+            with closing(ServiceProcess(Path(directory))) as service:
+                wall = time.monotonic() - began
+                used = psutil.Process(service.process.pid).cpu_times()
+                starts.append((wall, used.user + used.system))
+    with tempfile.TemporaryDirectory() as directory:
+        model = arguments.model.resolve()
+        models = str(model.parents[1])
+        with closing(ServiceProcess(Path(directory), ray=True, FINETUNING_MODELS_DIR=models)) as service:
+            with open(arguments.data, "rb") as stream:
+                upload = service.http.post(
+                    "/v1/files", files={"file": ("data.json", stream)}, data={"purpose": "fine-tune"}
+                )
+            body = JOB | {"model": "/".join(model.parts[-2:]), "training_file": upload.json()["id"]}
+            jobs = [phases(service, body) for _ in range(arguments.repeats + 1)]
+    print(describe())
+    wall, cpu = (statistics.median(values) for values in zip(*starts, strict=True))
+    print(f"\nstart to healthy: {wall:.1f} s ({cpu:.1f} s of CPU), median of {len(starts)}\n")
+    print("| seconds after the request | first job (Ray starts too) | later jobs, median |")
+    print("|---|---|---|")
+    for name in jobs[0]:
+        later = statistics.median(job[name] for job in jobs[1:])
+        print(f"| {name} | {jobs[0][name]:.1f} | {later:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What the README says is so: its commands run, and it names every route, setting and make target."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from fixtures_models import save_tiny_model
+from service_process import ServiceProcess
+
+from comps.finetuning.settings import Settings, variables
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+def test_the_walk_through_is_the_script() -> None:
+    script = (ROOT / "examples" / "walkthrough.sh").read_text().partition("set -euo pipefail\n\n")[2]
+    assert script in blocks("bash")
+
+
+def test_the_walk_through_and_the_python_example_run_as_written(tmp_path: Path) -> None:
+    # A tiny model with as many layers as the real one, under its name.
+    save_tiny_model(tmp_path / "data" / "models" / MODEL, num_hidden_layers=30)
+    with closing(ServiceProcess(tmp_path, ray=True)) as service:
+        script = subprocess.run(
+            ["bash", "examples/walkthrough.sh"],
+            cwd=ROOT, env=os.environ | {"URL": service.url}, capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+        assert script.returncode == 0, script.stdout[-3000:] + script.stderr[-3000:] + service.log[-3000:]
+        assert '"adapter_version":"half"' in script.stdout
+        assert "/heuristic/merged_model" in script.stdout
+        (example,) = blocks("python")
+        code = example.replace("http://127.0.0.1:8015", service.url)
+        python = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert python.stdout.startswith("ft-job-"), python.stderr
+
+
+def test_every_setting_is_in_the_table_with_its_description() -> None:
+    for name, description in variables().items():
+        assert re.search(rf"^\| `{name}` \|.*\| {re.escape(description)} \|$", README, flags=re.M), name
+
+
+def test_every_route_is_named(tmp_path: Path) -> None:
+    from comps.finetuning.app import create_app
+
+    app = create_app(Settings(data_dir=tmp_path))
+    table = README.partition("## Routes")[2].partition("## Settings")[0]
+    for path in app.openapi()["paths"]:
+        generic = re.sub(r"\{[^}]*\}", "{", path)
+        named = re.sub(r"\{[^}]*\}", "{", table).replace("`.../", "`/v1/finetune/")
+        assert generic in named, path
+
+
+@pytest.mark.parametrize(
+    "target", re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.M)
+)
+def test_every_make_target_is_named(target: str) -> None:
+    internal = {"setup", "requirements"}
+    assert target in internal or f"make {target}" in README
+
+
+def test_make_serve_runs_the_service_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    environment = os.environ | {
+        "FINETUNING_PORT": "0",
+        "FINETUNING_DATA_DIR": str(tmp_path),
+        "RAY_ADDRESS": "http://127.0.0.1:9",
+    }
+    process = subprocess.Popen(
+        ["make", "--silent", "serve"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+        start_new_session=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert "listens on http://127.0.0.1:" in process.stdout.readline()
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(20)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_make_demo_trains_a_model_that_answers_better_than_its_base() -> None:
+    done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True, timeout=1400)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    scores = dict(
+        re.findall(r"^(base model|heuristic|merged heuristic) .*?(\d+)/100", done.stdout, flags=re.M)
+    )
+    assert int(scores["heuristic"]) > int(scores["base model"]) + 20
+    assert scores["merged heuristic"] == scores["heuristic"]
