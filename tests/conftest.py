@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Tiny tensors gain nothing from a second thread, and lose much when the cores are busy. Set before torch
+# is imported; services that are started get their own setting.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path

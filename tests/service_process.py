@@ -17,7 +17,7 @@ from comps.finetuning.cluster.local_head import LocalHead
 ROOT = Path(__file__).resolve().parents[1]
 # Nothing listens on the discard port: the service runs, and waits for a Ray that never answers.
 NO_RAY = "http://127.0.0.1:9"
-_OURS = ("FINETUNING_", "OPEA_", "RAY_", "HF_")
+_OURS = ("FINETUNING_", "OPEA_", "RAY_", "HF_", "OMP_")
 
 
 class ServiceProcess:
