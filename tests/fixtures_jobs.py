@@ -43,6 +43,9 @@ def succeeded_job(
     )
     if adapter:
         shutil.copytree(adapter, directory / OUTPUT)
+    else:
+        (directory / OUTPUT).mkdir(parents=True)
+        (directory / OUTPUT / "adapter_config.json").write_text("{}")
     job = JobRow(
         id=job_id, kind="fine_tuning", status="running", owner=owner, model="org/tiny",
         training_file="file-0", spec=spec.model_dump(mode="json"), started_at=time.time(),

@@ -357,6 +357,15 @@ def test_a_registered_super_adapter_is_named_by_model(
         ask_extract(database, settings, model="org/none")
 
 
+def test_an_adapter_whose_files_were_deleted_is_not_there(
+    database: Database, settings: Settings, job_id: str
+) -> None:
+    shutil.rmtree(settings.jobs_dir / job_id / "output")
+    for ask in (ask_extract, ask_merge):
+        with pytest.raises(NotFound, match=f"The adapter of the job {job_id} is no longer there"):
+            ask(database, settings, fine_tuning_job_id=job_id)
+
+
 def test_a_finished_jobs_model_name_leads_to_the_job(
     database: Database, settings: Settings, job_id: str
 ) -> None:

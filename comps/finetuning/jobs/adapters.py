@@ -148,6 +148,17 @@ def _version(request: AdapterRequest) -> str | None:
 
 
 def _source(session: Session, settings: Settings, request: AdapterRequest, owner: str | None) -> Source:
+    source = _named(session, settings, request, owner)
+    if not (source.directory / "adapter_config.json").is_file():
+        raise NotFound(
+            f"The adapter of {source} is no longer there; its files were deleted.",
+            param="fine_tuning_job_id" if request.fine_tuning_job_id else "model",
+            code="adapter_not_found",
+        )
+    return source
+
+
+def _named(session: Session, settings: Settings, request: AdapterRequest, owner: str | None) -> Source:
     if request.fine_tuning_job_id:
         return _of_job(settings, find_job(session, request.fine_tuning_job_id, owner))
     if not request.model:
