@@ -39,7 +39,7 @@ JOB = {
         }
     },
     "Dataset": {"max_length": 256, "validation_split_percentage": 5},
-    "Training": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3, "logging_steps": 5},
+    "Training": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "logging_steps": 5},
 }
 # A rank for every group and layer: full ranks in the lower half of the model, small ones above.
 CUSTOM = ([16] * (LAYERS // 2) + [8] * (LAYERS // 2)) * len(GROUPS)
@@ -136,18 +136,20 @@ def main() -> None:
         say(f"Merged heuristic into {merged['path']}; now all answer the held-out sentences")
 
     base, output = MODELS / MODEL, DATA / "jobs" / job.id / "output"
-    rows = [("base model", "", 0, exact_match(base))]
-    rows.append(("super-adapter", "16", versions["maximal"]["parameters"], exact_match(base, output)))
-    for name, ranks in (("heuristic", "12"), ("half", "16, 8"), ("minimal", "8")):
-        version = versions[name]
-        rows.append((name, ranks, version["parameters"], exact_match(base, version["path"])))
-    rows.append(("merged heuristic", "", 0, exact_match(merged["path"])))
-    print(f"\n{'':18}{'ranks':>10}{'parameters':>12}{'exact match':>13}{'seconds':>9}")
-    for name, rank, parameters, score in rows:
+    rows: list[tuple[str, dict[str, Any] | None, dict[str, Any]]] = [("base model", None, exact_match(base))]
+    rows.append(("super-adapter", versions["maximal"], exact_match(base, output)))
+    for name in ("heuristic", "half", "minimal"):
+        rows.append((name, versions[name], exact_match(base, versions[name]["path"])))
+    rows.append(("merged heuristic", None, exact_match(merged["path"])))
+    print(f"\n{'':18}{'ranks':>12}{'parameters':>12}{'exact match':>13}{'seconds':>9}")
+    for name, version, score in rows:
+        ranks = sorted({group["rank"] for group in version["groups"]}) if version else []
+        parameters = f"{version['parameters']:,}" if version else ""
         match = f"{score['correct']}/{score['total']}"
-        print(f"{name:18}{rank:>10}{parameters:>12,}{match:>13}{score['seconds']:>9.1f}")
+        print(f"{name:18}{', '.join(map(str, ranks)):>12}{parameters:>12}{match:>13}{score['seconds']:>9.1f}")
     total = time.monotonic() - began
-    print(f"\nTrained after {trained:.0f} s, all done after {total:.0f} s. The results lie in {output}")
+    print("\nSeconds: answering all the held-out sentences.")
+    print(f"Trained after {trained:.0f} s, all done after {total:.0f} s. The results lie in {output}")
 
 
 if __name__ == "__main__":

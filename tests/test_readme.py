@@ -102,3 +102,6 @@ def test_make_demo_trains_a_model_that_answers_better_than_its_base() -> None:
     )
     assert int(scores["heuristic"]) > int(scores["base model"]) + 20
     assert scores["merged heuristic"] == scores["heuristic"]
+    seconds = re.search(r"all done after (\d+) s", done.stdout)
+    assert seconds is not None
+    assert int(seconds[1]) < 600

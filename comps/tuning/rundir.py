@@ -50,7 +50,7 @@ def fsync_path(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that readers see the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False)
         stream.flush()
@@ -71,7 +71,8 @@ def publish_directory(temporary: Path, final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
         # A directory cannot be renamed over a non-empty one; move the old one out of the way first.
-        old = temporary.with_name(f".{final.name}.{os.getpid()}.old")
+        old = _old(final)
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
         os.replace(temporary, final)
         shutil.rmtree(old)
@@ -82,16 +83,24 @@ def publish_directory(temporary: Path, final: Path) -> None:
 
 @contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
-    """A directory to fill; it appears under its final name whole, or not at all."""
+    """A directory to fill; it appears under its final name whole, or not at all.
+
+    One process at a time. What one that was killed left behind is removed by the next.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = final.with_name(f".{final.name}.tmp")
+    for left in (temporary, _old(final)):
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         publish_directory(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 class EventWriter:

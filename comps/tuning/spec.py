@@ -88,7 +88,7 @@ class DataSpec(Spec):
     max_length: int = Field(512, ge=2)
     max_source_length: int = Field(384, ge=1)
     mask_input: bool = True
-    mask_response: bool = True
+    mask_response: bool = False
     padding_side: Literal["left", "right"] = "right"
     truncation_side: Literal["left", "right"] = "right"
     pad_to_max: bool = False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,18 @@ def test_a_directory_that_was_not_filled_leaves_the_old_one(tmp_path: Path) -> N
     with pytest.raises(FileNotFoundError), new_directory(final) as directory:
         (directory / "missing" / "new").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "old"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from comps.tuning.rundir import new_directory\n"
+        "with new_directory(Path(sys.argv[1])) as directory:\n"
+        "    (directory / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    final = tmp_path / "model"
+    assert subprocess.run([sys.executable, "-c", script, final], check=False).returncode == -signal.SIGKILL
+    assert not final.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    with new_directory(final) as directory:
+        (directory / "whole").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "whole"]
