@@ -43,12 +43,14 @@ class RequestLog:
         current = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         token = request_id.set(current)
         started = time.perf_counter()
-        status, seconds = 0, 0.0
+        answered = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, seconds
+            nonlocal answered
             if message["type"] == "http.response.start":
-                status, seconds = message["status"], time.perf_counter() - started
+                answered = True
+                # Before the client can ask what the log or the metrics say of its request.
+                self._record(scope, message["status"], time.perf_counter() - started)
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = current
                 headers["x-content-type-options"] = "nosniff"
@@ -57,15 +59,15 @@ class RequestLog:
         try:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
-            pass  # there is nobody left to answer; logged below with status 0
+            if not answered:
+                self._record(scope, 0, time.perf_counter() - started)  # and there is nobody left to answer
         except Exception as error:
             log.error("unexpected error", exc_info=error)
-            if status:
+            if answered:
                 raise  # too late for an answer; the server closes the connection
             failure = ServiceError("The service failed on this request; its log says why.")
             await error_response(failure, request_ids(Request(scope)))(scope, receive, send_with_id)
         finally:
-            self._record(scope, status, seconds)
             request_id.reset(token)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
