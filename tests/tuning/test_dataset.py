@@ -91,7 +91,7 @@ def test_a_chat_of_several_turns_carries_loss_on_the_assistants_turns_only(tmp_p
     ]
     [row] = build(tmp_path, [{"messages": messages}]).train
     assert learnt(row) == "Eins. 🙂<|im_end|>Zwei.<|im_end|>"
-    [row] = build(tmp_path, [{"messages": messages}], mask_input=False).train
+    [row] = build(tmp_path, [{"messages": messages}], mask_input=False, mask_response=True).train
     assert "Zwei" not in learnt(row)
     assert "Two?" in learnt(row)
 
