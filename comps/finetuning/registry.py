@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from comps.cores.errors import InvalidRequest
 from comps.finetuning.catalog import check_mergeable
-from comps.finetuning.weights import WeightsError, read_headers
-
-# Either tells which ranks the super-adapter may take; see comps.tuning.elastic.
-SPACE_FILES = ("nncf_config.json", "elastic_adapter_config.json")
+from comps.tuning.elastic.read_space import load_space
+from comps.tuning.errors import AdapterError
+from comps.tuning.export.adapter import read_adapter
 
 
 @dataclass(frozen=True)
@@ -66,31 +64,13 @@ def _inside(models_dir: Path, path: str) -> Path:
 
 
 def _check_super_adapter(directory: Path, path: str) -> str | None:
-    config = _read_json(directory / "adapter_config.json", path)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise _unusable(path, "has an adapter_config.json that is not of a LoRA adapter")
-    weights = directory / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise _unusable(path, "has no adapter_model.safetensors")
     try:
-        for _ in read_headers([weights]):
-            pass
-    except WeightsError as error:
-        raise _unusable(path, str(error)) from error
-    spaces = [directory / name for name in SPACE_FILES if (directory / name).is_file()]
-    if not spaces:
-        raise _unusable(path, f"has neither {' nor '.join(SPACE_FILES)}, so its ranks are not known")
-    for space in spaces:
-        _read_json(space, path)
-    base = config.get("base_model_name_or_path")
+        adapter = read_adapter(directory)
+        load_space(directory, adapter)
+    except AdapterError as error:
+        raise _unusable(path, f"has no super-adapter that can be used: {error.message}") from error
+    base = adapter.config.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
-
-
-def _read_json(file: Path, path: str) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unusable(path, f"has a {file.name} that is not valid JSON") from error
 
 
 def _unusable(path: str, what: str) -> InvalidRequest:

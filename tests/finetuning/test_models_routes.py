@@ -18,7 +18,12 @@ from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import JobRow, ModelRow, new_id
 
 WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": numpy.zeros((4, 4), dtype="float32")}
-ADAPTER = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}
+ADAPTER = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "org/base"}
+LORA = "base_model.model.model.layers.0.self_attn.q_proj"
+LORA_WEIGHTS = {
+    f"{LORA}.lora_A.weight": numpy.zeros((8, 4), dtype="float32"),
+    f"{LORA}.lora_B.weight": numpy.zeros((4, 8), dtype="float32"),
+}
 
 
 def write(directory: Path, files: dict[str, Any]) -> Path:
@@ -37,8 +42,14 @@ def write(directory: Path, files: dict[str, Any]) -> Path:
 BASE = {"config.json": {"model_type": "llama"}, "model.safetensors": WEIGHTS}
 SUPER = {
     "adapter_config.json": ADAPTER,
-    "adapter_model.safetensors": WEIGHTS,
-    "elastic_adapter_config.json": [{"target": ["x"], "search_space": [8, 4]}],
+    "adapter_model.safetensors": LORA_WEIGHTS,
+    "elastic_adapter_config.json": [{"target": [f"{LORA}.lora_A"], "search_space": [8, 4]}],
+}
+NODE = "P/" + "/".join(f"M[{part}]" for part in f"{LORA}.lora_A.default".split("."))
+WIDTH = {"overwrite_groups": [[NODE]], "overwrite_groups_widths": [[8, 4]]}
+SPACES: dict[str, Any] = {
+    "elastic_adapter_config.json": SUPER["elastic_adapter_config.json"],
+    "nncf_config.json": {"SQFT": {"training": {"elasticity": {"width": WIDTH}}}},
 }
 
 
@@ -91,10 +102,10 @@ def test_a_base_model_without_a_tokenizer_can_be_registered_and_forgotten(
         client.models.retrieve("my-base")
 
 
-@pytest.mark.parametrize("space", ["elastic_adapter_config.json", "nncf_config.json"])
+@pytest.mark.parametrize("space", SPACES)
 def test_a_super_adapter_trained_elsewhere_can_be_registered(server, root: Path, space: str) -> None:
     files = {name: SUPER[name] for name in list(SUPER)[:2]}
-    directory = write(root / "adapter", {**files, space: {"SQFT": {}}})
+    directory = write(root / "adapter", {**files, space: SPACES[space]})
     status, body = register(server, directory)
     assert status == 200, body
     assert (body["kind"], body["base_model"]) == ("super_adapter", "org/base")
@@ -143,10 +154,18 @@ UNUSABLE: dict[str, tuple[dict[str, Any], str]] = {
         without(SUPER, "elastic_adapter_config.json"), "neither nncf_config.json nor elastic_adapter"
     ),
     "no adapter weights": (without(SUPER, "adapter_model.safetensors"), "has no adapter_model.safetensors"),
-    "damaged adapter weights": (SUPER | {"adapter_model.safetensors": "x"}, "damaged weights file"),
-    "damaged adapter config": (SUPER | {"adapter_config.json": "nul"}, "adapter_config.json that is not"),
-    "another adapter": (SUPER | {"adapter_config.json": {"peft_type": "IA3"}}, "not of a LoRA adapter"),
-    "a damaged search space": (SUPER | {"nncf_config.json": "]"}, "nncf_config.json that is not valid JSON"),
+    "damaged adapter weights": (
+        SUPER | {"adapter_model.safetensors": "x"}, "adapter_model.safetensors is damaged"
+    ),
+    "no LoRA weights": (SUPER | {"adapter_model.safetensors": WEIGHTS}, "which plain LoRA has not"),
+    "damaged adapter config": (SUPER | {"adapter_config.json": "nul"}, "adapter_config.json is not JSON"),
+    "deep adapter config": (SUPER | {"adapter_config.json": "[" * 100_000}, "adapter_config.json is not"),
+    "another adapter": (SUPER | {"adapter_config.json": {"peft_type": "IA3"}}, "not describe a LoRA adapter"),
+    "a damaged search space": (SUPER | {"nncf_config.json": "]"}, "nncf_config.json is not JSON"),
+    "a search space of another model": (
+        SUPER | {"elastic_adapter_config.json": [{"target": [f"{LORA}s.lora_A"], "search_space": [8]}]},
+        "for which the adapter has no tensors",
+    ),
 }  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def damage_config(**changes: object) -> object:
         (damage_config(use_dora=True), "uses use_dora, which is not plain LoRA"),
         (damage_config(init_lora_weights="pissa"), "initialised with pissa"),
         (damage_config(r=4), "has rank 8, its config says 4"),
-        (damage_config(r="8"), "has r='8'"),
+        (damage_config(r="8"), 'has the rank "8"'),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -34,7 +34,7 @@ Entry = tuple[tuple[str, ...], tuple[int, ...]]
 
 _TOP_KEYS = ("SQFT", "bootstrapNAS")
 _ALGORITHMS = ("nls", "neural_lora_search", "progressive_shrinking")
-_BRACKETS = re.compile(r"\[([^\]]*)\]")
+_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 
 
 def nncf_config(

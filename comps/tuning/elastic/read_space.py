@@ -12,11 +12,6 @@ from comps.tuning.errors import AdapterError
 from comps.tuning.export.adapter import Adapter, read_adapter
 
 
-def is_super_adapter(directory: Path) -> bool:
-    """Whether the adapter in ``directory`` comes with a file that describes a search space."""
-    return any((directory / name).is_file() for name in (nncf_config.FILE, elastic_config.FILE))
-
-
 def load_space(directory: Path, adapter: Adapter | None = None) -> SearchSpace:
     """The space of the super-adapter in ``directory``, checked against its tensors.
 

@@ -15,13 +15,14 @@ from comps.tuning.errors import AdapterError
 from comps.tuning.spec import RankGroup
 
 NAMED = ("maximal", "heuristic", "minimal")
+_LAYER_DIGITS = 9  # no layer has a longer number, and Python refuses to read very long ones
 
 
 def layer_prefix(module: str) -> str | None:
     """The layer a module lies in: its path up to the first number (``model.layers.0``), if it has one."""
     parts = module.split(".")
     for position, part in enumerate(parts):
-        if part.isdecimal():
+        if part.isdecimal() and len(part) <= _LAYER_DIGITS:
             return ".".join(parts[: position + 1])
     return None
 

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from comps.tuning.errors import AdapterError
+from comps.tuning.export.declared import read_alphas, read_ranks
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -99,7 +100,13 @@ def read_adapter(directory: Path) -> Adapter:
             raise AdapterError(f"{directory.name}/{WEIGHTS} has a tensor {key!r}, which plain LoRA has not")
     if not keys:
         raise AdapterError(f"{directory.name}/{WEIGHTS} has no LoRA tensors")
-    modules = {name: _module(name, parts, shapes, config) for name, parts in keys.items()}
+    where = f"{directory.name}/{CONFIG}"
+    ranks, alphas = read_ranks(config, where), read_alphas(config, where)
+    rslora = bool(config.get("use_rslora"))
+    modules = {
+        name: _module(name, parts, shapes, int(ranks.of(name)), float(alphas.of(name)), rslora)
+        for name, parts in keys.items()
+    }
     return Adapter(directory, config, modules, replaced)
 
 
@@ -115,9 +122,6 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"the adapter {directory.name} was initialised with {config['init_lora_weights']}, which changes "
             "the base weights; convert it to plain LoRA first"
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise AdapterError(f"{directory.name}/{CONFIG} has r={rank!r} and lora_alpha={alpha!r}")
     return config
 
 
@@ -135,28 +139,23 @@ def _read_shapes(directory: Path) -> dict[str, list[int]]:
 
 
 def _module(
-    name: str, parts: Mapping[str, str], shapes: Mapping[str, list[int]], config: Mapping[str, Any]
+    name: str,
+    parts: Mapping[str, str],
+    shapes: Mapping[str, list[int]],
+    declared: int,
+    alpha: float,
+    rslora: bool,
 ) -> LoraModule:
     if "A.weight" not in parts or "B.weight" not in parts:
         raise AdapterError(f"the adapter's module {name!r} lacks its A or B")
     down, up = shapes[parts["A.weight"]], shapes[parts["B.weight"]]
     if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
         raise AdapterError(f"the adapter's module {name!r} has A {down} and B {up}, which do not fit")
-    declared = int(pattern_value(config.get("rank_pattern"), name, config["r"]))
-    alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
     if down[0] > declared:
         raise AdapterError(f"the adapter's module {name!r} has rank {down[0]}, its config says {declared}")
-    scale = alpha / (math.sqrt(declared) if config.get("use_rslora") else declared)
+    scale = alpha / (math.sqrt(declared) if rslora else declared)
     keys = (parts["A.weight"], parts["B.weight"], parts.get("B.bias"))
     return LoraModule(down[0], down[1], up[0], declared, alpha, scale, *keys)
-
-
-def pattern_value(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
-    """The value of the first pattern that matches the end of a module's path, as PEFT looks it up."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def read_json(path: Path) -> Any:
@@ -165,5 +164,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise AdapterError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or too deep
         raise AdapterError(f"{path.parent.name}/{path.name} is not JSON: {error}") from error
