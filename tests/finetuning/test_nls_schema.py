@@ -208,6 +208,28 @@ def test_known_modules_pass_also_by_a_longer_path() -> None:
     check_modules(block, lora_spec(block)[0], PATHS)
 
 
+@pytest.mark.parametrize("outer", ["", "transformer."])
+@pytest.mark.parametrize("layers", [(0, 1), ("{*}",)])
+def test_an_nncf_config_must_name_all_layers_of_the_base_model(layers: Any, outer: str) -> None:
+    """Also when the weights lack the outer part of the modules' paths, or have one more."""
+    paths = {outer + path for path in PATHS} if outer else {path.removeprefix("model.") for path in PATHS}
+    groups = [[node(layer, "q_proj")] for layer in layers]
+    block = config(nncf_config=nncf_file(groups, [[8, 4]] * len(groups)))
+    check_modules(block, lora_spec(block)[0], paths)
+
+
+def test_an_nncf_config_of_some_layers_or_of_another_model_is_refused() -> None:
+    for layers, message in [
+        ((0,), "leaves out 'model.layers.1.self_attn.q_proj', where"),
+        ((0, 1, 2, 3), "names 'model.layers.2.self_attn.q_proj' and 1 other module, which the base model"),
+    ]:
+        groups = [[node(layer, "q_proj")] for layer in layers]
+        block = config(nncf_config=nncf_file(groups, [[8, 4]] * len(groups)))
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            check_modules(block, lora_spec(block)[0], PATHS)
+        assert caught.value.param == "General.lora_config.nncf_config"
+
+
 def test_a_relative_path_of_files_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dict"):
         config(nncf_config=str(tmp_path / "nncf_config.json"))

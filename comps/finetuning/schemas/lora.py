@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from comps.cores.errors import InvalidRequest
 from comps.finetuning.schemas.tolerant import Count, Number, Tolerant, unused
+
+BLOCK = "General.lora_config"
 
 _MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MODULE_CHARACTERS = 200
@@ -117,3 +120,8 @@ class LoraConfig(Tolerant):
 
     bias: Any = unused("none", because="biases are not trained")
     fan_in_fan_out: Any = unused(False, because="it is found out from the model")
+
+
+def refusal(field: str, what: str) -> InvalidRequest:
+    """The error that a field of the block deserves; ``what`` is the rest of its sentence."""
+    return InvalidRequest(f"{BLOCK}.{field} {what}.", param=f"{BLOCK}.{field}")

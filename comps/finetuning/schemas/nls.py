@@ -16,20 +16,16 @@ group's adapters have that rank, so a smaller one would only train parameters th
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 from comps.cores.errors import InvalidRequest
-from comps.finetuning.schemas.lora import LoraConfig
+from comps.finetuning.schemas.lora import BLOCK, LoraConfig, refusal
+from comps.finetuning.schemas.nncf import check_layers, groups_of_file
 from comps.finetuning.schemas.tolerant import closest
-from comps.tuning.elastic.nncf_config import ALL_LAYERS, read_nncf_config
-from comps.tuning.elastic.space import SearchSpace, is_named, layer_prefix
+from comps.tuning.elastic.space import SearchSpace, is_named
 from comps.tuning.errors import AdapterError
 from comps.tuning.spec import LoraSpec, RankGroup
 
-BLOCK = "General.lora_config"
 _SPELLINGS = ("target_module_groups", "nls_target_modules", "nncf_config")
 
 
@@ -75,28 +71,30 @@ def check_modules(config: LoraConfig, spec: LoraSpec, modules: Iterable[str]) ->
     paths = sorted(modules)
     given = next((name for name in _SPELLINGS if getattr(config, name) is not None), "target_modules")
     try:
-        SearchSpace.from_modules(spec.groups, paths)
+        space = SearchSpace.from_modules(spec.groups, paths)
     except AdapterError as error:
         raise InvalidRequest(f"{BLOCK}.{given}: {error.message}.", param=f"{BLOCK}.{given}") from error
+    if spec.groups and config.nncf_config is not None:
+        check_layers(config, space)
     for name in spec.target_modules or ():
         if not any(is_named(path, name) for path in paths):
             known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
             field = "target_modules" if name in (config.target_modules or ()) else given
-            raise _refusal(field, f"names {name!r}, but the base model has no such module; it has {known}")
+            raise refusal(field, f"names {name!r}, but the base model has no such module; it has {known}")
 
 
 def _rank_groups(config: LoraConfig) -> tuple[RankGroup, ...]:
     given = [name for name in _SPELLINGS if getattr(config, name) is not None]
     if not given:
-        raise _refusal(
+        raise refusal(
             "target_module_groups",
             "is missing: neural_lora_search is true, and the modules that share a rank are not given"
             + _misspelt(config, _SPELLINGS),
         )
     if len(given) > 1:
-        raise _refusal(given[1], f"was given beside {given[0]}; they say the same, so give one of them")
+        raise refusal(given[1], f"was given beside {given[0]}; they say the same, so give one of them")
     if given[0] == "nncf_config":
-        groups, spaces, field = *_from_nncf_config(config), "nncf_config"
+        groups, spaces, field = *groups_of_file(config), "nncf_config"
     else:
         groups, spaces, field = *_from_lists(config), "search_space"
     _check_ranks(config, spaces, field)
@@ -110,19 +108,19 @@ def _from_lists(config: LoraConfig) -> tuple[list[list[str]], list[list[int]]]:
     entries = config.search_space
     if entries is None:
         hint = _misspelt(config, ("search_space",))
-        raise _refusal("search_space", f"is missing: it gives the ranks of each group{hint}")
+        raise refusal("search_space", f"is missing: it gives the ranks of each group{hint}")
     if config.nls_target_modules is not None:
         return [config.nls_target_modules], [_one_space(entries)]
     groups = config.target_module_groups or []
     spaces = [entry for entry in entries if isinstance(entry, list)]
     if len(spaces) < len(entries):
-        raise _refusal(
+        raise refusal(
             "search_space",
             "must have one list of ranks for each group of target_module_groups, such as "
             '["16,12,8"] or [[16, 12, 8]], not bare numbers',
         )
     if len(spaces) != len(groups):
-        raise _refusal(
+        raise refusal(
             "search_space",
             f"has {len(spaces)} list(s) of ranks, but target_module_groups has {len(groups)} group(s); "
             "each group needs one",
@@ -131,7 +129,7 @@ def _from_lists(config: LoraConfig) -> tuple[list[list[str]], list[list[int]]]:
     for index, group in enumerate(groups):
         for module in group:
             if module in seen:
-                raise _refusal(
+                raise refusal(
                     "target_module_groups", f"names {module!r} in group {seen[module]} and in group {index}"
                 )
             seen[module] = index
@@ -144,50 +142,19 @@ def _one_space(entries: list[int | list[int]]) -> list[int]:
         return entries[0]
     ranks = [entry if isinstance(entry, int) else entry[0] for entry in entries]
     if any(isinstance(entry, list) and len(entry) > 1 for entry in entries):
-        raise _refusal("search_space", "must be one list of ranks when nls_target_modules is given")
+        raise refusal("search_space", "must be one list of ranks when nls_target_modules is given")
     return ranks
-
-
-def _from_nncf_config(config: LoraConfig) -> tuple[list[list[str]], list[list[int]]]:
-    """Groups by the modules that lie together in a layer; they must have the same ranks in each."""
-    if config.search_space is not None:
-        raise _refusal("search_space", "was given beside nncf_config, which has the ranks already; give one")
-    with tempfile.TemporaryDirectory() as directory:
-        # The library reads files; their names are those that its messages will show.
-        path = Path(directory) / BLOCK / "nncf_config.json"
-        path.parent.mkdir()
-        path.write_text(json.dumps(config.nncf_config), encoding="utf-8")
-        try:
-            entries = read_nncf_config(path)
-        except AdapterError as error:
-            raise InvalidRequest(_sentence(error.message), param=f"{BLOCK}.nncf_config") from error
-    found: dict[tuple[str, ...], tuple[int, ...]] = {}
-    for modules, ranks in entries:
-        names = tuple(_within_layer(module) for module in modules)
-        if found.setdefault(names, ranks) != ranks:
-            raise _refusal(
-                "nncf_config", f"gives {', '.join(names)} other ranks in some layers than in others"
-            )
-    if not found:
-        raise _refusal("nncf_config", "has no groups")
-    return [list(names) for names in found], [list(ranks) for ranks in found.values()]
-
-
-def _within_layer(module: str) -> str:
-    """``model.layers.0.self_attn.q_proj`` -> ``self_attn.q_proj``."""
-    module = module.replace(ALL_LAYERS, "0")
-    return module.removeprefix(f"{layer_prefix(module)}.")
 
 
 def _check_ranks(config: LoraConfig, spaces: list[list[int]], field: str) -> None:
     for index, space in enumerate(spaces):
         for rank in space:
             if not 1 <= rank <= config.r:
-                raise _refusal(
+                raise refusal(
                     field, f"has the rank {rank} in group {index}; ranks are between 1 and r = {config.r}"
                 )
         if max(space) != config.r:
-            raise _refusal(
+            raise refusal(
                 field,
                 f"has {max(space)} as the largest rank of group {index}, but r is {config.r}; "
                 "they must be equal",
@@ -200,11 +167,3 @@ def _misspelt(config: LoraConfig, wanted: tuple[str, ...]) -> str:
         if closest(key, list(wanted)):
             return f" (the unknown key {key[:80]!r} was ignored)"
     return ""
-
-
-def _refusal(field: str, what: str) -> InvalidRequest:
-    return InvalidRequest(f"{BLOCK}.{field} {what}.", param=f"{BLOCK}.{field}")
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."

@@ -99,13 +99,18 @@ def _node_name(model: PeftModel, module: str, adapter_name: str) -> str:
 
 
 def read_nncf_config(path: Path) -> list[Entry]:
-    """The groups of a file, in its order, with ranks sorted descending.
+    """The groups of a file, as :func:`parse_nncf_config` gives them."""
+    return parse_nncf_config(read_json(path), f"{path.parent.name}/{path.name}")
+
+
+def parse_nncf_config(content: Any, where: str) -> list[Entry]:
+    """The groups of a file's ``content``, in its order, with ranks sorted descending.
+
+    ``where`` is what messages call it.
 
     Raises:
-        AdapterError: the file is damaged, or describes another algorithm or other elastic dimensions.
+        AdapterError: it is damaged, or describes another algorithm or other elastic dimensions.
     """
-    content = read_json(path)
-    where = f"{path.parent.name}/{path.name}"
     try:
         top = next(content[key] for key in _TOP_KEYS if key in content)
         algorithm = top["training"].get("algorithm", "nls")
