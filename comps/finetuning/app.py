@@ -101,9 +101,11 @@ def create_app(settings: Settings) -> FastAPI:
             try:
                 yield
             finally:
-                await dispatcher.stop()
-                await cluster.stop()
-                database.dispose()
+                try:
+                    await dispatcher.stop()
+                finally:
+                    await cluster.stop()
+                    database.dispose()
 
     def health() -> dict[str, Any]:
         return {"Ray": app.state.cluster.status()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,29 +11,9 @@ import peft
 import pytest
 import torch
 from fixtures_models import save_tiny_model
+from fixtures_service import MODEL, at_step, create, job, output_of, processes_end, succeeded, upload
 from service_process import ServiceProcess
 from transformers import AutoModelForCausalLM
-
-MODEL = "tiny/llama"
-RECORDS = [
-    {"instruction": "Say the number.", "input": str(number), "output": f"number {number}"}
-    for number in range(48)
-]
-NLS_JOB = {
-    "model": MODEL,
-    "General": {
-        "lora_config": {
-            "r": 8,
-            "lora_alpha": 16,
-            "lora_dropout": 0,
-            "neural_lora_search": True,
-            "target_module_groups": [["q_proj", "k_proj", "v_proj"], ["up_proj"], ["down_proj"]],
-            "search_space": ["8,6,4", "8,4", [8, 4, 2]],
-        }
-    },
-    "Dataset": {"validation_split_percentage": 10},
-    "Training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 2},
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,45 +24,10 @@ def ray_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProc
         yield service
 
 
-def upload(
-    service: ServiceProcess, records: list[dict[str, Any]] = RECORDS, name: str = "numbers.json"
-) -> str:
-    content = json.dumps(records).encode()
-    return service.openai.files.create(file=(name, content), purpose="fine-tune").id
-
-
-def wait(service: ServiceProcess, job_id: str, timeout: float = 120) -> dict[str, Any]:
-    """The job once it has ended."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        job: dict[str, Any] = service.http.get(f"/v1/fine_tuning/jobs/{job_id}").json()
-        if job["status"] in ("succeeded", "failed", "cancelled"):
-            return job
-        time.sleep(0.3)
-    logs = service.http.get(f"/v1/fine_tuning/jobs/{job_id}/logs").text
-    raise AssertionError(
-        f"{job_id} is still {job['status']} after {timeout} s\n{logs[-5000:]}\n{service.log[-3000:]}"
-    )
-
-
-def create(service: ServiceProcess, file_id: str, **changes: Any) -> str:
-    response = service.http.post(
-        "/v1/fine_tuning/jobs", json={**NLS_JOB, "training_file": file_id, **changes}
-    )
-    assert response.status_code == 200, response.text
-    return str(response.json()["id"])
-
-
 @pytest.fixture(scope="module")
 def finished(ray_server: ServiceProcess) -> dict[str, Any]:
     """An NLS job that has run to its end."""
-    job = wait(ray_server, create(ray_server, upload(ray_server)))
-    assert job["status"] == "succeeded", job["error"]
-    return job
-
-
-def output_of(service: ServiceProcess, job: dict[str, Any]) -> Path:
-    return service.data_dir / "jobs" / job["id"] / "output"
+    return succeeded(ray_server, create(ray_server, upload(ray_server)))
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -100,7 +43,7 @@ def base_model(service: ServiceProcess) -> Any:
 def test_an_nls_job_ends_with_a_stock_peft_adapter_and_its_search_space(
     ray_server: ServiceProcess, finished: dict[str, Any]
 ) -> None:
-    output = output_of(ray_server, finished)
+    output = output_of(ray_server, finished["id"])
     names = {path.name for path in output.iterdir()}
     assert names >= {
         "adapter_config.json", "adapter_model.safetensors", "nncf_config.json", "elastic_adapter_config.json",
@@ -164,15 +107,8 @@ def test_an_extracted_sub_adapter_and_its_merged_model_compute_the_same(
 
 
 def test_a_cancelled_job_stops_and_stays_cancelled(ray_server: ServiceProcess) -> None:
-    job_id = create(ray_server, upload(ray_server), Training={**NLS_JOB["Training"], "epochs": 5000})
-    deadline = time.monotonic() + 60
-    while not ray_server.http.get(f"/v1/fine_tuning/jobs/{job_id}").json()["progress"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    job_id = create(ray_server, upload(ray_server), Training={"epochs": 5000})
+    at_step(ray_server, job_id, 1)
     assert ray_server.openai.fine_tuning.jobs.cancel(job_id).status == "cancelled"
-    log = ray_server.data_dir / "jobs" / job_id / "events.jsonl"
-    time.sleep(10)
-    size = log.stat().st_size
-    time.sleep(2)
-    assert log.stat().st_size == size, "the run still writes events"
-    assert ray_server.http.get(f"/v1/fine_tuning/jobs/{job_id}").json()["status"] == "cancelled"
+    processes_end(ray_server, job_id)
+    assert job(ray_server, job_id)["status"] == "cancelled"

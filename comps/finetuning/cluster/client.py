@@ -17,9 +17,9 @@ RayStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 
 
 class JobsClient:
-    """One Ray dashboard. ``address`` is ``http://host:port``; ``token`` is Ray's auth token, if any."""
+    """One Ray dashboard. ``address`` is ``http://host:port``; ``token`` is Ray's auth token, or empty."""
 
-    def __init__(self, address: str, token: str | None) -> None:
+    def __init__(self, address: str, token: str) -> None:
         self.address = address.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._session = aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=30))
@@ -42,30 +42,36 @@ class JobsClient:
                     return response.status, {"text": await response.text()}
                 value = await response.json()
                 return response.status, value if isinstance(value, dict) else {"items": value}
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             reason = str(error) or type(error).__name__
             raise ClusterUnavailable(f"Ray at {self.address} does not answer ({reason})") from error
 
     async def nodes(self) -> list[dict[str, float]]:
         """The total resources (``{"CPU": 8.0, ...}``) of each living node; at least one, since a cluster
         whose nodes have not registered yet cannot run anything and counts as unavailable."""
-        status, value = await self._request("GET", "/api/v0/nodes")
-        if status != 200:
-            raise ClusterUnavailable(f"Ray at {self.address} cannot list its nodes ({status})")
-        nodes = value["data"]["result"]["result"]
+        status, value = await self._request("GET", "/api/v0/nodes?limit=10000")
+        try:
+            nodes = value["data"]["result"]["result"]
+        except (KeyError, TypeError) as error:
+            raise ClusterUnavailable(f"Ray at {self.address} cannot list its nodes ({status})") from error
         if living := [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]:
             return living
         raise ClusterUnavailable(f"Ray at {self.address} has no nodes yet")
 
-    async def submit(self, submission_id: str, entrypoint: str, env: dict[str, str], job_id: str) -> None:
-        """Start ``entrypoint`` under ``submission_id``. Submitting the same id twice changes nothing."""
+    async def submit(
+        self, submission_id: str, entrypoint: str, env: dict[str, str], job_id: str, cores: int, gpus: float
+    ) -> None:
+        """Start ``entrypoint`` under ``submission_id``, on a node that has ``cores`` and ``gpus`` to give.
+
+        Submitting the same id twice changes nothing.
+        """
         body = {
             "entrypoint": entrypoint,
             "submission_id": submission_id,
             "runtime_env": {"env_vars": env},
             "metadata": {"job_id": job_id},
-            # The cores belong to the training workers, which ask for them; the driver only waits.
-            "entrypoint_num_cpus": 0,
+            "entrypoint_num_cpus": cores,
+            "entrypoint_num_gpus": gpus,
         }
         status, value = await self._request("POST", "/api/jobs/", body)
         if status != 200 and await self.status(submission_id) is None:

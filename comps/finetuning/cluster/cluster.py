@@ -7,9 +7,7 @@ or never did within the start time-out; the message says more).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
-import json
 import logging
 import os
 import shlex
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from comps.finetuning.cluster.errors import ClusterUnavailable
 from comps.finetuning.cluster.local_head import LocalHead
+from comps.finetuning.cluster.named import dashboard_address, operator_token
 from comps.finetuning.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,13 +35,17 @@ class Cluster:
 
     start_timeout = 120.0
     watch_interval = 2.0
+    longest_pause = 30.0  # between two starts of a local head that does not come up
 
     def __init__(self, settings: Settings) -> None:
-        self._local = None if settings.ray_address else LocalHead(settings.data_dir / "ray")
+        self._head = None if settings.ray_address else LocalHead(settings.ray_dir)
         self._named = settings.ray_address
         self._client: JobsClient | None = None
-        self._ready = asyncio.Event()
+        self._nodes: list[dict[str, float]] = []
         self._state, self._message = "starting", "Ray is starting"
+        self._since = time.monotonic()  # of the present state
+        self._starts = 0  # of a local head, since one was ready
+        self._launching = asyncio.Lock()  # held while a local head is started or ended
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -52,41 +55,51 @@ class Cluster:
     async def stop(self) -> None:
         """Let go of the cluster, and end the local head if there is one."""
         if self._watcher:
-            self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
-        if self._client:
-            await self._client.close()
-        if self._local:
-            await asyncio.to_thread(self._local.stop)
+            async with self._launching:  # or the head would come up when nobody watches any more
+                self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await self._disconnect()
+        if self._head:
+            await asyncio.to_thread(self._head.stop)
 
     def status(self) -> dict[str, Any]:
         """``state``, ``message``, ``address`` and ``local``, for the health and statistics routes."""
         address = self._client.address if self._client else self._named
-        return {
-            "state": self._state,
-            "message": self._message,
-            "address": address,
-            "local": self._local is not None,
-        }
+        return {"state": self._state, "message": self._message, "address": address, "local": self.local}
 
     @property
     def ready(self) -> bool:
-        return self._ready.is_set()
+        return self._state == "ready"
 
-    # -- what the dispatcher asks -------------------------------------------------------------------
+    @property
+    def local(self) -> bool:
+        """Whether Ray is a head of our own, which ends with the service."""
+        return self._head is not None
 
-    async def submit(self, submission_id: str, spec: Path, env: dict[str, str], job_id: str) -> None:
-        """Run ``python -m comps.tuning SPEC`` as a Ray job. ``env`` is that job's own environment.
+    # -- what is asked about jobs ---------------------------------------------------------------------
+
+    async def submit(
+        self,
+        submission_id: str,
+        spec: Path,
+        env: dict[str, str],
+        job_id: str,
+        *,
+        cores: int = 0,
+        gpus: float = 0,
+    ) -> None:
+        """Run ``python -m comps.tuning SPEC`` as a Ray job. ``env`` is that job's own environment; ``cores``
+        and ``gpus`` are what its first process takes, beside those that it starts itself.
 
         Raises :class:`ClusterUnavailable` when Ray cannot be asked or refuses.
         """
-        interpreter = sys.executable if self._local else "python"
+        interpreter = sys.executable if self._head else "python"
         # Ray runs the entry point with a shell: quote every part, and replace the shell by it.
         entrypoint = "exec " + shlex.join([interpreter, "-m", "comps.tuning", "--ray", str(spec)])
-        if self._local:
-            env = {"PYTHONPATH": str(SOURCE_ROOT), **env}
-        await self._connected().submit(submission_id, entrypoint, env, job_id)
+        if self._head:
+            paths = [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]
+            env = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **env}
+        await self._connected().submit(submission_id, entrypoint, env, job_id, cores, gpus)
 
     async def job_status(self, submission_id: str) -> RayStatus | None:
         """Ray's word on a submission, ``None`` when it does not know it."""
@@ -95,90 +108,80 @@ class Cluster:
     async def stop_job(self, submission_id: str) -> None:
         await self._connected().stop(submission_id)
 
-    async def cores(self) -> list[int]:
-        """The cores of each living node, largest first."""
-        nodes = await self._connected().nodes()
-        return sorted((int(node.get("CPU", 0)) for node in nodes), reverse=True)
+    def nodes(self) -> list[dict[str, float]]:
+        """The resources of each living node, as of the last look a moment ago."""
+        self._connected()
+        return self._nodes
 
     def _connected(self) -> JobsClient:
-        if self._client is None or not self._ready.is_set():
+        if self._client is None or not self.ready:
             raise ClusterUnavailable(self._message)
         return self._client
 
     # -- starting and watching ------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Keep a connection: start or join at first, notice losses, restart a local head that died."""
-        waiting_since = time.monotonic()
+        """Keep a connection: start or join at first, notice losses, replace a local head that died."""
         while True:
             try:
-                if self._client is None or (self._local and not self._local.alive()):
-                    if self._ready.is_set():
-                        logger.warning("the local Ray head is gone; a new one is started")
-                        waiting_since = time.monotonic()
-                    self._ready.clear()
-                    await self._connect()
-                assert self._client is not None
-                await self._client.nodes()
-                if not self._ready.is_set():
-                    logger.info("Ray is ready at %s", self._client.address)
-                self._state, self._message = "ready", "Ray answers"
-                self._ready.set()
+                client = await self._connect()
+                self._nodes = await client.nodes()
+                self._starts = 0
+                self._report("ready", "Ray answers")
             except (ClusterUnavailable, OSError) as error:
-                waited = time.monotonic() - waiting_since
-                starting = self._state == "starting" and waited < self.start_timeout
-                if self._ready.is_set():
-                    logger.warning("%s", error)
-                self._ready.clear()
-                self._state = "starting" if starting else "unreachable"
-                self._message = str(error)
-                if self._local and waited > self.start_timeout:
-                    # A head that runs but never answers is of no use: begin again.
-                    await asyncio.to_thread(self._local.stop)
-                    waiting_since = time.monotonic()
-            await asyncio.sleep(self.watch_interval if self._ready.is_set() else 0.25)
+                await self._not_ready(str(error))
+            quick = self._head and not self.ready  # our own head is about to answer
+            await asyncio.sleep(0.25 if quick else self.watch_interval)
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> JobsClient:
+        """The present connection, or a new one, for which a local head is found or started."""
+        if self._client and (self._head is None or self._head.alive()):
+            return self._client
+        await self._disconnect()
+        if self._head:
+            address, token = await self._own_head(self._head), self._head.token
+        else:
+            address, token = await dashboard_address(self._named), operator_token()
+        # On a thread, so that the service answers meanwhile: see the module.
+        module = await asyncio.to_thread(importlib.import_module, "comps.finetuning.cluster.client")
+        client: JobsClient = module.JobsClient(address, token)
+        self._client = client
+        return client
+
+    async def _own_head(self, head: LocalHead) -> str:
+        """The address of the head that runs already, or of a new one."""
+        async with self._launching:
+            if address := head.find():
+                logger.info("the local Ray head at %s is taken up again", address)
+                return address
+        if self._starts:
+            logger.warning("the local Ray head has ended while it started; see %s", head.log)
+            await asyncio.sleep(min(self.longest_pause, 2**self._starts))
+        elif self.ready:
+            logger.warning("the local Ray head is gone; a new one is started")
+        self._starts += 1
+        self._report("starting", "Ray is starting")
+        async with self._launching:
+            return await asyncio.to_thread(head.start)
+
+    async def _not_ready(self, reason: str) -> None:
+        late = time.monotonic() - self._since > self.start_timeout
+        self._report("starting" if self._state == "starting" and not late else "unreachable", reason)
+        if late and self._head and self._starts:
+            # A new head that never answers is of no use. (One that has answered is left alone as long as
+            # it lives: it may be slow only because a training has all the cores.)
+            async with self._launching:
+                await asyncio.to_thread(self._head.stop)
+        if late and self._head is None:
+            await self._disconnect()  # the cluster may come back elsewhere
+
+    async def _disconnect(self) -> None:
         if self._client:
             await self._client.close()
             self._client = None
-        if self._local:
-            address = await asyncio.to_thread(lambda: self._local.find() or self._local.start())  # type: ignore[union-attr]
-            token: str | None = self._local.token
-        else:
-            assert self._named is not None
-            address = await _dashboard_address(self._named)
-            token = _operator_token()
-        # On a thread, so that the service answers meanwhile: see the module.
-        client = await asyncio.to_thread(importlib.import_module, "comps.finetuning.cluster.client")
-        self._client = client.JobsClient(address, token)
 
-
-def _operator_token() -> str | None:
-    """The token of a named cluster, from where Ray itself looks for it."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    return path.read_text().strip() if path.is_file() else None
-
-
-async def _dashboard_address(named: str) -> str:
-    """The dashboard of the cluster that ``RAY_ADDRESS`` names: itself when it is an ``http`` address;
-    otherwise Ray is asked in a process of its own (``auto``, ``ray://host:10001``, ``host:6379``)."""
-    if named.startswith(("http://", "https://")):
-        return named
-    script = (
-        "import json,sys,ray; c=ray.init(sys.argv[1],log_to_driver=False); print(json.dumps(c.dashboard_url))"
-    )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", script, named,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    output, errors = await process.communicate()
-    last = output.decode().strip().rpartition("\n")[2]
-    url = json.loads(last) if process.returncode == 0 and last else None
-    if not url:
-        reason = errors.decode(errors="replace").strip().rpartition("\n")[2]
-        raise ClusterUnavailable(f"there is no Ray cluster with a dashboard at RAY_ADDRESS={named}: {reason}")
-    return f"http://{url}"
+    def _report(self, state: str, message: str) -> None:
+        if state != self._state:
+            logger.log(logging.WARNING if state == "unreachable" else logging.INFO, "Ray: %s", message)
+            self._since = time.monotonic()
+        self._state, self._message = state, message

@@ -58,11 +58,12 @@ class LocalHead:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.directory = directory.resolve()
         self.token_path = token_file(self.directory)
+        self.log = self.directory / "head.log"
         self._record = self.directory / "head.json"
         # Ray puts Unix sockets below its temporary directory, and their paths are limited to 107
         # bytes; a data directory may lie deeper than that leaves room for.
         name = hashlib.sha256(str(self.directory).encode()).hexdigest()[:12]
-        self._private_dir = Path("/tmp") / f"ray-{os.getuid()}-{name}"
+        self.private_dir = Path("/tmp") / f"ray-{os.getuid()}-{name}"
 
     @property
     def token(self) -> str:
@@ -95,7 +96,7 @@ class LocalHead:
             # Jobs exchange tensors through gloo and files through the disk, not through Ray's store.
             f"--object-store-memory={128 * 1024 * 1024}",
         ]  # fmt: skip
-        with open(self.directory / "head.log", "ab") as log:
+        with open(self.log, "ab") as log:
             process = subprocess.Popen(
                 command, env=self._environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -105,7 +106,7 @@ class LocalHead:
         write_json(self._record, {"pid": process.pid, "created": created, "dashboard": address})
         return address
 
-    def stop(self, grace: float = 5) -> None:
+    def stop(self, grace: float = 2) -> None:
         """End all processes of the head: SIGTERM, then SIGKILL for what is left after ``grace`` seconds."""
         members = self.processes()
         for process in members:
@@ -139,6 +140,8 @@ class LocalHead:
             # Without this Ray replaces 127.0.0.1 by the machine's address and listens on all interfaces:
             # the switch keeps Ray on loopback, as it does by default where clusters are not supported.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # At the level info Ray logs the environment of every job, with its tokens.
+            "RAY_LOGGER_LEVEL": "warning",
             # Ray's processes rename themselves; this keeps their environment (the mark) readable.
             "SPT_NOENV": "1",
             # Jobs have an environment of their own, which workers started in advance don't fit.
@@ -150,15 +153,15 @@ class LocalHead:
 
         Of earlier sessions the newest is kept, so that its logs can tell why it ended.
         """
-        self._private_dir.mkdir(mode=0o700, exist_ok=True)
-        facts = self._private_dir.lstat()
+        self.private_dir.mkdir(mode=0o700, exist_ok=True)
+        facts = self.private_dir.lstat()
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
-            raise PermissionError(f"{self._private_dir} is not a directory of this user")
-        self._private_dir.chmod(0o700)
-        sessions = [path for path in self._private_dir.glob("s/session_*") if not path.is_symlink()]
+            raise PermissionError(f"{self.private_dir} is not a directory of this user")
+        self.private_dir.chmod(0o700)
+        sessions = [path for path in self.private_dir.glob("s/session_*") if not path.is_symlink()]
         for old in sorted(sessions)[:-1]:
             shutil.rmtree(old)
-        return self._private_dir / "s"
+        return self.private_dir / "s"
 
     def _read_record(self) -> dict[str, Any] | None:
         if not self._record.exists():

@@ -1,4 +1,4 @@
-"""The one loop that moves jobs: validate, submit, follow, finish, resume, stop.
+"""The one loop that moves jobs: validate, begin, attend, end.
 
 It keeps no knowledge of its own: each round reads the unfinished jobs from the database and compares
 them with the evidence (result file, Ray). So a service that starts anew needs no special recovery;
@@ -11,27 +11,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from comps.finetuning.cluster import Cluster, ClusterUnavailable
 from comps.finetuning.jobs import room
-from comps.finetuning.jobs.finish import fail, finish
-from comps.finetuning.jobs.follow import follow, read_result, run_directory
+from comps.finetuning.jobs.finish import SERVER_ERROR, fail
+from comps.finetuning.jobs.runs import Runs
 from comps.finetuning.jobs.secrets import Secrets
-from comps.finetuning.jobs.states import ACTIVE, IllegalMove, add_event, transition
-from comps.finetuning.jobs.validate import validate
-from comps.finetuning.schemas.integrations import tracking_environment
+from comps.finetuning.jobs.states import ACTIVE, TERMINAL, add_event, transition
+from comps.finetuning.jobs.validate import Verdict, validate
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import JobRow
-from comps.tuning import rundir
 from comps.tuning.spec import ResourcesSpec
 
 logger = logging.getLogger(__name__)
@@ -41,24 +35,31 @@ class Dispatcher:
     """``start()`` and ``stop()`` from the application's lifespan; ``wake()`` after a new or changed row."""
 
     interval = 0.5  # seconds between rounds when nobody wakes the loop
-    ray_interval = 3.0  # seconds between two questions to Ray about one job
+    small_at_once = 2  # extractions and merges, which take memory but ask for no cores
+    validations_at_once = 2
 
     def __init__(self, database: Database, settings: Settings, cluster: Cluster, secrets: Secrets) -> None:
-        self._database, self._settings, self._cluster, self._secrets = database, settings, cluster, secrets
+        self._database, self._cluster, self._secrets = database, cluster, secrets
+        self._runs = Runs(database, settings, cluster, secrets)
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._validations: dict[str, asyncio.Task[None]] = {}
-        self._asked_ray: dict[str, float] = {}
+        self._validating = asyncio.Semaphore(self.validations_at_once)
+        self._too_big: set[str] = set()
 
     async def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="dispatcher")
 
     async def stop(self) -> None:
-        """Stop moving jobs. What runs in Ray runs on; the next start takes it up again."""
+        """Stop moving jobs. What runs in a Ray of others runs on and is taken up by the next start; what
+        runs in our own, which ends with us, saves a checkpoint and is queued."""
         tasks = [task for task in (self._task, *self._validations.values()) if task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._cluster.local:
+            jobs = await asyncio.to_thread(self._unfinished)
+            await self._runs.stop([job for job in jobs if job.status == "running"])
 
     def wake(self) -> None:
         """Have the next round begin now. For callers in the event loop's thread or any other."""
@@ -84,42 +85,25 @@ class Dispatcher:
         for job in jobs:
             if job.status == "validating_files" and job.id not in self._validations:
                 self._validations[job.id] = asyncio.create_task(self._validate(job))
-        for job in jobs:
-            if job.status == "running":
-                await self._attend(job)
-            elif job.status in ("cancelled", "failed"):
-                await self._end_processes(job)
-        if self._cluster.ready:
-            await self._submit_waiting()
+            elif job.status == "running":
+                if await self._runs.attend(job):
+                    self.wake()
+            elif job.status in TERMINAL:
+                await self._runs.end(job)
+        if self._cluster.ready and any(job.status == "queued" for job in jobs):
+            await self._begin_waiting(await asyncio.to_thread(self._unfinished))
 
     def _unfinished(self) -> list[JobRow]:
         """Active jobs, and ended ones whose processes may still be there; in queue order."""
         with self._database.reading() as session:
-            stopping = JobRow.status.in_(["cancelled", "failed"]) & JobRow.submission_id.is_not(None)
-            query = select(JobRow).where(JobRow.status.in_(ACTIVE) | (stopping & ~JobRow.stopped))
+            ended = JobRow.status.in_(TERMINAL) & JobRow.submission_id.is_not(None) & ~JobRow.stopped
+            query = select(JobRow).where(JobRow.status.in_(ACTIVE) | ended)
             return list(session.scalars(query.order_by(JobRow.priority.desc(), JobRow.sequence)))
-
-    async def _change(self, job_id: str, change: Callable[[Session, JobRow], Any]) -> Any:
-        """Run ``change(session, row)`` in one transaction on a thread. A client may have moved the job
-        meanwhile (cancelled it): then the row stays as the client left it."""
-
-        def work() -> Any:
-            with self._database.session() as session:
-                row = session.scalars(select(JobRow).filter_by(id=job_id).with_for_update()).one()
-                return change(session, row)
-
-        try:
-            return await asyncio.to_thread(work)
-        except IllegalMove as move:
-            logger.info("%s", move)
-            return None
-
-    # -- validating ---------------------------------------------------------------------------------
 
     async def _validate(self, job: JobRow) -> None:
         try:
-            token = self._secrets.token(job.id)
-            verdict = await asyncio.to_thread(validate, job, token)
+            async with self._validating:
+                verdict = await asyncio.to_thread(_verdict, job, self._secrets.token(job.id))
 
             def change(session: Session, row: JobRow) -> None:
                 for warning in verdict.warnings:
@@ -129,138 +113,55 @@ class Dispatcher:
                 else:
                     transition(session, row, "queued", "Files validated, the job is queued")
 
-            await self._change(job.id, change)
+            await self._runs.change(job.id, change)
             self.wake()
         except Exception:
-            logger.exception("validation of %s failed unexpectedly and is tried again", job.id)
-            await asyncio.sleep(self.ray_interval)
+            logger.exception("the verdict on %s was not written; its files are checked again", job.id)
+            await asyncio.sleep(self._runs.ask_interval)
         finally:
             self._validations.pop(job.id, None)
 
-    # -- submitting ---------------------------------------------------------------------------------
-
-    async def _submit_waiting(self) -> None:
-        """Submit queued jobs in order while there is room. A training job that has no room holds back
-        those behind it (first in, first out); the small kinds need no cores and never wait."""
-        jobs = await asyncio.to_thread(self._unfinished)
-        queued = [job for job in jobs if job.status == "queued"]
-        if not queued:
-            return
-        nodes = await self._cluster.cores()
-        held = sum(job.cpus or 0 for job in jobs if job.status == "running")
-        blocked = False
-        for job in queued:
+    async def _begin_waiting(self, jobs: list[JobRow]) -> None:
+        """Begin queued jobs in order while there is room. A training that has to wait holds back those
+        behind it (first in, first out); the small kinds wait for each other only."""
+        nodes = room.nodes(self._cluster.nodes())
+        running = [job for job in jobs if job.status == "running"]
+        held = [room.held_by(job) for job in running if job.kind == "fine_tuning"]
+        small = len(running) - len(held)
+        waits = False
+        for job in jobs:
             if job.kind != "fine_tuning":
-                await self._submit(job, None)
-            elif not blocked:
+                if job.status == "queued" and small < self.small_at_once:
+                    small += 1
+                    await self._runs.begin(job, None)
+            elif job.status == "validating_files":
+                waits = True
+            elif job.status == "queued" and not waits:
                 wanted = room.demand(ResourcesSpec.model_validate(job.spec["resources"]), nodes)
                 if reason := room.impossible(wanted, nodes):
-                    code, param = "insufficient_resources", "Training.resources_per_worker"
-                    await self._change(job.id, partial(fail, message=reason, code=code, param=param))
+                    await self._refuse(job, reason)
                 elif room.fits(wanted, nodes, held):
-                    held += wanted.total
-                    await self._submit(job, wanted)
+                    held.append(wanted)
+                    await self._runs.begin(job, wanted)
                 else:
-                    blocked = True
+                    waits = True
 
-    async def _submit(self, job: JobRow, wanted: room.Demand | None) -> None:
-        """Row first, then the act: when the service dies between them, the next start finds a running
-        job that Ray does not know, and submits it again."""
-        attempt = job.attempt + 1
-        submission = job.id if attempt == 1 else f"{job.id}-attempt-{attempt}"
-        directory = run_directory(self._settings.data_dir, job.id)
+    async def _refuse(self, job: JobRow, reason: str) -> None:
+        """Fail a job that asks for more than there is; where nodes may yet come, let it wait with a
+        warning, and let others pass."""
+        if self._cluster.local:
+            code, param = "insufficient_resources", "Training.resources_per_worker"
+            await self._runs.change(job.id, partial(fail, message=reason, code=code, param=param))
+        elif job.id not in self._too_big:
+            self._too_big.add(job.id)
+            warning = f"The job waits for the cluster to grow: {reason}"
+            await self._runs.change(job.id, lambda s, row: add_event(s, row, warning, level="warn"))
 
-        message = "The job is starting" if attempt == 1 else f"Attempt {attempt} is starting"
-        cpus = wanted.total if wanted else None
 
-        def change(session: Session, row: JobRow) -> bool:
-            transition(
-                session, row, "running", message,
-                attempt=attempt, submission_id=submission, stopped=False, cpus=cpus,
-            )  # fmt: skip
-            return True
-
-        if not await self._change(job.id, change):
-            return
-        spec = dict(job.spec)
-        if wanted:
-            spec["resources"] = {**spec["resources"], "cpus": wanted.cores}
-        path = await asyncio.to_thread(self._write_spec, directory, spec)
-        token = self._secrets.token(job.id)
-        env = tracking_environment(job.request.get("integrations"))
-        if token:
-            env["HF_TOKEN"] = token
-        if self._settings.hf_hub_offline:
-            env["HF_HUB_OFFLINE"] = "1"
-        await self._cluster.submit(submission, path, env, job.id)
-        self._asked_ray[job.id] = time.monotonic()
-
-    @staticmethod
-    def _write_spec(directory: Path, spec: dict[str, Any]) -> Path:
-        directory.mkdir(parents=True, exist_ok=True)
-        rundir.write_json(directory / rundir.SPEC, spec)
-        return directory / rundir.SPEC
-
-    # -- running, ended -----------------------------------------------------------------------------
-
-    async def _attend(self, job: JobRow) -> None:
-        """Follow a running job's events; finish it when its result is there; resume it when it died."""
-        directory = run_directory(self._settings.data_dir, job.id)
-        # In this order: a result that is there now was written after all of the run's events.
-        result = await asyncio.to_thread(read_result, directory)
-        while await asyncio.to_thread(self._follow, job.id, directory):
-            pass
-        if result is not None:
-            await self._change(job.id, lambda session, row: finish(session, row, result))
-            self._secrets.forget(job.id)
-            self.wake()  # its cores are free
-            return
-        now = time.monotonic()
-        if not self._cluster.ready or now - self._asked_ray.get(job.id, 0) < self.ray_interval:
-            return
-        self._asked_ray[job.id] = now
-        status = await self._cluster.job_status(job.submission_id or job.id)
-        if status in ("PENDING", "RUNNING") or await asyncio.to_thread(read_result, directory) is not None:
-            return
-        await self._change(job.id, lambda session, row: self._died(session, row, status))
-        self.wake()
-
-    def _follow(self, job_id: str, directory: Path) -> bool:
-        """One chunk of events into rows, without a write transaction when there is nothing new."""
-        path = directory / rundir.EVENTS
-        with self._database.reading() as session:
-            row = session.scalars(select(JobRow).filter_by(id=job_id)).one()
-            if not path.exists() or path.stat().st_size <= row.events_offset:
-                return False
-        with self._database.session() as session:
-            row = session.scalars(select(JobRow).filter_by(id=job_id).with_for_update()).one()
-            return follow(session, row, directory)
-
-    def _died(self, session: Session, job: JobRow, status: str | None) -> None:
-        """The run is gone and left no result: back to the queue, or failed after too many attempts."""
-        job.failures += 1
-        what = "Ray no longer knows the run" if status is None else f"the run's processes ended ({status})"
-        if job.failures >= self._settings.max_attempts:
-            fail(
-                session, job,
-                f"{what} without a result, {job.failures} times in a row without a new checkpoint; "
-                f"see GET /v1/fine_tuning/jobs/{job.id}/logs",
-            )  # fmt: skip
-            return
-        transition(session, job, "queued", f"{what} without a result; it is started again", cpus=None)
-        add_event(session, job, "Training resumes from the newest good checkpoint", level="warn")
-
-    async def _end_processes(self, job: JobRow) -> None:
-        """Stop the processes of a job that ended by a decision, and note when they are gone."""
-        if job.stopped or not job.submission_id or not self._cluster.ready:
-            return
-        status = await self._cluster.job_status(job.submission_id)
-        if status in ("PENDING", "RUNNING"):
-            await self._cluster.stop_job(job.submission_id)
-            return
-
-        def change(session: Session, row: JobRow) -> None:
-            row.stopped = True
-
-        await self._change(job.id, change)
-        self._secrets.forget(job.id)
+def _verdict(job: JobRow, token: str | None) -> Verdict:
+    """:func:`validate`, whatever happens: a job must not wait for ever, nor others behind it."""
+    try:
+        return validate(job, token)
+    except Exception as error:
+        logger.exception("the validation of %s failed unexpectedly", job.id)
+        return Verdict((f"The files could not be checked: {error}", SERVER_ERROR, "training_file"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from comps.finetuning.store.tables import CheckpointRow, EventRow, JobRow
@@ -19,10 +20,6 @@ logger = logging.getLogger(__name__)
 
 # At most this much of an events file becomes rows in one transaction (bytes).
 CHUNK = 256 * 1024
-
-
-def run_directory(data_dir: Path, job_id: str) -> Path:
-    return data_dir / "jobs" / job_id
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
@@ -35,10 +32,8 @@ def read_result(directory: Path) -> dict[str, Any] | None:
 
 
 def follow(session: Session, job: JobRow, directory: Path) -> bool:
-    """Turn the next whole lines of ``events.jsonl`` into rows and remember the offset.
-
-    Reading a line twice is harmless: its id comes from the job and the line's offset. Returns whether
-    anything was read. The caller commits.
+    """Turn the next whole lines of ``events.jsonl`` into rows and remember the offset, in one transaction,
+    which the caller commits: so no line is read twice, and none left out. Returns whether there was any.
     """
     path = directory / rundir.EVENTS
     if not path.exists():
@@ -48,6 +43,8 @@ def follow(session: Session, job: JobRow, directory: Path) -> bool:
         chunk = stream.read(CHUNK)
         if b"\n" not in chunk and len(chunk) == CHUNK:  # one line longer than a chunk
             chunk += stream.readline()
+        # The offset outlives a power cut; so must the lines before it, or others would take their place.
+        os.fsync(stream.fileno())
     whole = chunk[: chunk.rfind(b"\n") + 1]
     offset = job.events_offset
     for line in whole.splitlines(keepends=True):
@@ -98,4 +95,9 @@ def _checkpoint(session: Session, job: JobRow, data: dict[str, Any], created_at:
         session.add(row)
     # A run that was resumed writes a checkpoint of the same step again: the same one, as it was.
     row.step, row.path, row.metrics, row.created_at = step, str(data["path"]), data["metrics"], created_at
+    session.execute(
+        delete(CheckpointRow).where(
+            CheckpointRow.job_id == job.id, CheckpointRow.step.in_(data.get("removed", []))
+        )
+    )
     job.failures = 0  # the run moves: deaths before this one no longer count against it

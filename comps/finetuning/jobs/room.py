@@ -1,49 +1,84 @@
-"""How many cores a job gets, and whether the cluster has room for it now."""
+"""What of the cluster a job gets, and whether there is room for it now."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from comps.finetuning.store.tables import JobRow
 from comps.tuning.spec import ResourcesSpec
 
 
 @dataclass(frozen=True)
+class Node:
+    """A machine that can run workers."""
+
+    cores: int
+    gpus: float = 0
+
+    def __str__(self) -> str:
+        return f"{self.cores} core(s)" + (f" and {self.gpus:g} GPU(s)" if self.gpus else "")
+
+
+@dataclass(frozen=True)
 class Demand:
-    """Cores for each of ``workers`` training workers."""
+    """Cores and GPUs for each of ``workers`` training workers."""
 
     workers: int
     cores: int
+    gpus: float = 0
 
-    @property
-    def total(self) -> int:
-        return self.workers * self.cores
+    def __str__(self) -> str:
+        return f"{self.workers} worker(s) with {Node(self.cores, self.gpus)} each"
 
 
-def demand(resources: ResourcesSpec, nodes: list[int]) -> Demand:
-    """The cores each worker gets on ``nodes`` (cores of each node, largest first).
+def nodes(resources: Iterable[dict[str, float]]) -> list[Node]:
+    """The nodes with cores to give, most cores first, from Ray's resources of all living nodes."""
+    found = [Node(int(each.get("CPU", 0)), each.get("GPU", 0)) for each in resources]
+    return sorted((node for node in found if node.cores), key=lambda node: node.cores, reverse=True)
 
-    Without a number in the request a worker gets a whole node, or its even share of one when there
-    are more workers than nodes, so that the same request runs on a laptop and on a cluster.
+
+def demand(resources: ResourcesSpec, nodes: list[Node]) -> Demand:
+    """What each worker gets on ``nodes``.
+
+    Without a number of cores in the request a worker gets a whole node, or its even share of all when
+    there are more workers than nodes, so that the same request runs on a laptop and on a cluster.
     """
     workers = resources.num_workers
-    if resources.cpus is not None:
-        return Demand(workers, resources.cpus)
-    if workers <= len(nodes):
-        return Demand(workers, max(1, nodes[workers - 1]))
-    return Demand(workers, max(1, sum(nodes) // workers))
+    cores = resources.cpus
+    if cores is None and workers <= len(nodes):
+        cores = nodes[workers - 1].cores
+    elif cores is None:
+        cores = max(1, sum(node.cores for node in nodes) // workers)
+    return Demand(workers, cores, resources.gpus)
 
 
-def impossible(wanted: Demand, nodes: list[int]) -> str | None:
-    """Why the cluster can never hold this demand, in a sentence; ``None`` when it can."""
-    places = sum(node // wanted.cores for node in nodes)
-    if places >= wanted.workers:
+def impossible(wanted: Demand, nodes: list[Node]) -> str | None:
+    """Why these nodes can never hold ``wanted``, in a sentence; ``None`` when they can."""
+    if sum(_places(wanted, node) for node in nodes) >= wanted.workers:
         return None
-    return (
-        f"the job asks for {wanted.workers} worker(s) with {wanted.cores} core(s) each, "
-        f"but the cluster's nodes have {nodes} cores"
-    )
+    sizes = Counter(str(node) for node in nodes)
+    there = ", ".join(f"{count} node(s) with {size}" for size, count in sizes.items())
+    return f"the job asks for {wanted}, but the cluster has {there or 'no node with cores'}"
 
 
-def fits(wanted: Demand, nodes: list[int], held: int) -> bool:
-    """Whether ``wanted`` fits beside the ``held`` cores of the jobs that run now."""
-    return held + wanted.total <= sum(nodes)
+def _places(wanted: Demand, node: Node) -> int:
+    """How many of the workers one node can hold."""
+    by_cores = node.cores // wanted.cores
+    return min(by_cores, int(node.gpus / wanted.gpus)) if wanted.gpus else by_cores
+
+
+def fits(wanted: Demand, nodes: list[Node], held: Iterable[Demand]) -> bool:
+    """Whether ``wanted`` fits beside what is ``held`` by the jobs that run now."""
+    all_jobs = [*held, wanted]
+    cores = sum(each.workers * each.cores for each in all_jobs)
+    gpus = sum(each.workers * each.gpus for each in all_jobs)
+    return cores <= sum(node.cores for node in nodes) and gpus <= sum(node.gpus for node in nodes)
+
+
+def held_by(job: JobRow) -> Demand:
+    """What a running training holds."""
+    resources = ResourcesSpec.model_validate(job.spec["resources"])
+    workers = resources.num_workers
+    return Demand(workers, (job.cpus or 0) // workers, resources.gpus)

@@ -1,0 +1,226 @@
+"""The attempts of jobs in Ray: begun, followed, ended, and put back into the queue when they died.
+
+Nothing is remembered here that would be missed after a crash: a row says what should be, the run's
+directory what has been, Ray what is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from comps.finetuning.cluster import Cluster, ClusterUnavailable
+from comps.finetuning.jobs.finish import fail, finish
+from comps.finetuning.jobs.follow import follow, read_result
+from comps.finetuning.jobs.room import Demand
+from comps.finetuning.jobs.secrets import Secrets
+from comps.finetuning.jobs.states import IllegalMove, transition
+from comps.finetuning.schemas.integrations import tracking_environment
+from comps.finetuning.settings import Settings
+from comps.finetuning.store.database import Database
+from comps.finetuning.store.tables import JobRow
+from comps.tuning import rundir
+
+logger = logging.getLogger(__name__)
+
+_ALIVE = ("PENDING", "RUNNING")
+
+
+class Runs:
+    """All methods take a row as it was read a moment ago, and change it in a transaction of their own."""
+
+    ask_interval = 3.0  # seconds between two questions to Ray about one job
+    longest_pause = 60.0  # seconds between two tries to submit a job that Ray does not take
+    tidy_up = 30.0  # seconds that a finished run's processes have to end by themselves
+    stop_grace = 10.0  # seconds that trainings have to save when the service stops
+
+    def __init__(self, database: Database, settings: Settings, cluster: Cluster, secrets: Secrets) -> None:
+        self._database, self._settings, self._cluster, self._secrets = database, settings, cluster, secrets
+        self._asked: dict[str, float] = {}
+        self._pauses: dict[str, tuple[float, float]] = {}  # job -> (end of the pause, its length)
+
+    async def change(self, job_id: str, change: Callable[[Session, JobRow], Any]) -> bool:
+        """Run ``change(session, row)`` in one transaction on a thread. Returns false when a client has
+        moved the job meanwhile (cancelled it): then the row stays as the client left it."""
+
+        def work() -> None:
+            with self._database.session() as session:
+                change(session, session.scalars(select(JobRow).filter_by(id=job_id).with_for_update()).one())
+
+        try:
+            await asyncio.to_thread(work)
+        except IllegalMove as move:
+            logger.info("%s", move)
+            return False
+        return True
+
+    # -- begin ----------------------------------------------------------------------------------------
+
+    async def begin(self, job: JobRow, wanted: Demand | None) -> None:
+        """Submit the next attempt of a queued job.
+
+        Row first, then the act: when the service dies between them, the next start finds a running job
+        that Ray does not know. Raises :class:`ClusterUnavailable`; the job is queued then.
+        """
+        until, pause = self._pauses.get(job.id, (0.0, 1.0))
+        if time.monotonic() < until:
+            return
+        # An earlier attempt may live: its end was not seen, or a submission got through after all.
+        if job.submission_id and await self._lives(job):
+            await self._cluster.stop_job(job.submission_id)
+            return
+        path = await asyncio.to_thread(self._write_spec, job, wanted)
+        attempt = job.attempt + 1
+        submission = job.id if attempt == 1 else f"{job.id}-attempt-{attempt}"
+        message = "The job is starting" if attempt == 1 else f"Attempt {attempt} is starting"
+        changes = {"attempt": attempt, "submission_id": submission, "stopped": False}
+        changes["cpus"] = wanted.workers * wanted.cores if wanted else None
+        if not await self.change(job.id, lambda s, row: transition(s, row, "running", message, **changes)):
+            return
+        # A single worker trains in the run's first process, several get one each from Ray Train.
+        single = wanted if wanted and wanted.workers == 1 else Demand(0, 0)
+        env = self._environment(job)
+        try:
+            await self._cluster.submit(submission, path, env, job.id, cores=single.cores, gpus=single.gpus)
+        except ClusterUnavailable as error:
+            reason = f"Ray did not take the job, it is tried again: {error}"
+            await self.change(job.id, lambda s, row: transition(s, row, "queued", reason, cpus=None))
+            self._pauses[job.id] = (time.monotonic() + pause, min(2 * pause, self.longest_pause))
+            raise
+        self._pauses.pop(job.id, None)
+        self._asked[job.id] = time.monotonic()
+
+    def _write_spec(self, job: JobRow, wanted: Demand | None) -> Path:
+        directory = self._directory(job)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / rundir.STOP).unlink(missing_ok=True)
+        spec = dict(job.spec)
+        if wanted:
+            spec["resources"] = {**spec["resources"], "cpus": wanted.cores}
+        rundir.write_json(directory / rundir.SPEC, spec)
+        return directory / rundir.SPEC
+
+    def _environment(self, job: JobRow) -> dict[str, str]:
+        env = tracking_environment(job.request.get("integrations"))
+        if token := self._secrets.token(job.id):
+            env["HF_TOKEN"] = token
+        if self._settings.hf_hub_offline:
+            env["HF_HUB_OFFLINE"] = "1"
+        return env
+
+    def _directory(self, job: JobRow) -> Path:
+        return self._settings.jobs_dir / job.id
+
+    # -- attend ---------------------------------------------------------------------------------------
+
+    async def attend(self, job: JobRow) -> bool:
+        """Follow a running job's events; finish it when its result is there; queue it when it died.
+
+        Returns whether it has left its cores.
+        """
+        result = await self._catch_up(job)
+        died, status = False, None
+        now = time.monotonic()
+        if result is None and self._cluster.ready and now - self._asked.get(job.id, 0) >= self.ask_interval:
+            self._asked[job.id] = now
+            status = await self._cluster.job_status(job.submission_id or job.id)
+            if status not in _ALIVE:
+                result = await self._catch_up(job)  # all that it has written before its end is there now
+                died = result is None
+        if result is not None:
+            await self._finish(job, result)
+        elif died:
+            await self.change(job.id, lambda session, row: self._died(session, row, status))
+        return died or result is not None
+
+    async def _catch_up(self, job: JobRow) -> dict[str, Any] | None:
+        """Turn the events written so far into rows. Returns the run's result if there is one; it is
+        written after all events, so all of them have been read then."""
+        directory = self._directory(job)
+        result = await asyncio.to_thread(read_result, directory)
+        while await asyncio.to_thread(self._follow, job.id, directory):
+            pass
+        return result
+
+    def _follow(self, job_id: str, directory: Path) -> bool:
+        """One chunk of events into rows, without a write transaction when there is nothing new."""
+        path = directory / rundir.EVENTS
+        with self._database.reading() as session:
+            offset = session.scalars(select(JobRow.events_offset).filter_by(id=job_id)).one()
+        if not path.exists() or path.stat().st_size <= offset:
+            return False
+        with self._database.session() as session:
+            row = session.scalars(select(JobRow).filter_by(id=job_id).with_for_update()).one()
+            return follow(session, row, directory)
+
+    async def _finish(self, job: JobRow, result: dict[str, Any]) -> None:
+        await self.change(job.id, lambda session, row: finish(session, row, result))
+
+    def _died(self, session: Session, job: JobRow, status: str | None) -> None:
+        """The run is gone and left no result: back to the queue, or failed after too many attempts."""
+        job.failures += 1
+        what = "Ray no longer knows the run" if status is None else f"the run's processes ended ({status})"
+        if job.failures >= self._settings.max_attempts:
+            fail(
+                session, job,
+                f"{what} without a result, {job.failures} times in a row without a new checkpoint; "
+                f"see GET /v1/fine_tuning/jobs/{job.id}/logs",
+            )  # fmt: skip
+            return
+        message = f"{what[0].upper()}{what[1:]} without a result; it is started again"
+        if job.kind == "fine_tuning":
+            message += " from its newest good checkpoint"
+        transition(session, job, "queued", message, cpus=None)
+
+    # -- end ------------------------------------------------------------------------------------------
+
+    async def end(self, job: JobRow) -> None:
+        """End what is left of an ended job's processes, and note when they are gone."""
+        if not self._cluster.ready or job.submission_id is None:
+            return
+        if await self._lives(job):
+            just_ended = time.time() - (job.finished_at or 0) < self.tidy_up
+            if not (job.status == "succeeded" and just_ended):
+                await self._cluster.stop_job(job.submission_id)
+            return
+
+        def change(session: Session, row: JobRow) -> None:
+            row.stopped = True
+
+        await self.change(job.id, change)
+        self._secrets.forget(job.id)
+        self._asked.pop(job.id, None)
+
+    async def stop(self, jobs: list[JobRow]) -> None:
+        """Have running jobs save and leave, since their Ray is about to be stopped, and queue them.
+
+        Those that end now are finished; those that have not begun to train, or take too long, lose what
+        came after their newest checkpoint.
+        """
+        for job in jobs:
+            await asyncio.to_thread((self._directory(job) / rundir.STOP).touch)
+        deadline = time.monotonic() + self.stop_grace
+        training = [job for job in jobs if "step" in job.progress]
+        with contextlib.suppress(ClusterUnavailable):
+            while training and time.monotonic() < deadline:
+                training = [job for job in training if await self._lives(job)]
+                await asyncio.sleep(0.2)
+        message = "The service stops; the job goes on at its next start"
+        for job in jobs:
+            if (result := await self._catch_up(job)) is not None:
+                await self._finish(job, result)
+            else:
+                await self.change(job.id, lambda s, row: transition(s, row, "queued", message, cpus=None))
+
+    async def _lives(self, job: JobRow) -> bool:
+        """Whether Ray has processes of the job's newest attempt."""
+        status = await self._cluster.job_status(job.submission_id) if job.submission_id else None
+        return status in _ALIVE
