@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import logging
 import os
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from sqlalchemy import select
 
 import comps
 from comps.cores.app import create_component
 from comps.cores.errors import StartupError
 from comps.finetuning.cluster import Cluster
 from comps.finetuning.jobs.dispatcher import Dispatcher
-from comps.finetuning.jobs.find import needs_file
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.metrics import StoreMetrics
 from comps.finetuning.routes import adapters, checkpoints, events, files, jobs, logs, models
 from comps.finetuning.settings import Settings, is_loopback
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
-from comps.finetuning.store.tables import FileRow, JobRow
-
-log = logging.getLogger(__name__)
+from comps.finetuning.sweep import sweep_hourly, tidy
 
 NAME = "opea_service@finetuning"
 TITLE = "Fine-tuning service"
@@ -69,18 +63,6 @@ def make_directories(settings: Settings) -> None:
             raise StartupError(f"The directory {directory} is not writable.")
 
 
-def sweep_files(database: Database, blobs: Blobs) -> None:
-    """Remove expired files that no unfinished job reads, and bytes on disk that no row knows."""
-    needed = select(JobRow.id).where(needs_file(FileRow.id)).exists()
-    with database.session() as session:
-        for row in session.scalars(select(FileRow).where(FileRow.expires_at <= time.time(), ~needed)):
-            session.delete(row)
-    with database.reading() as session:
-        known = set(session.scalars(select(FileRow.id)))
-    if removed := blobs.sweep(known):
-        log.info("removed %d files that were expired or half-written", len(removed))
-
-
 def create_app(settings: Settings) -> FastAPI:
     """The application. Nothing is opened or started before its lifespan begins."""
     database = Database(settings.database_url)
@@ -91,16 +73,18 @@ def create_app(settings: Settings) -> FastAPI:
         make_directories(settings)
         with only_service(settings.data_dir):
             await asyncio.to_thread(database.migrate)
-            await asyncio.to_thread(sweep_files, database, blobs)
+            await asyncio.to_thread(tidy, settings, database, blobs)
             secrets = Secrets(settings.hf_token)
             cluster = Cluster(settings)
             dispatcher = Dispatcher(database, settings, cluster, secrets)
             app.state.secrets, app.state.cluster, app.state.dispatcher = secrets, cluster, dispatcher
             await cluster.start()
             await dispatcher.start()
+            sweeping = asyncio.create_task(sweep_hourly(database, blobs))
             try:
                 yield
             finally:
+                sweeping.cancel()
                 try:
                     await dispatcher.stop()
                 finally:

@@ -15,8 +15,10 @@ import psutil
 import pytest
 from sqlalchemy import update
 
+from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import FileRow, JobRow
+from comps.finetuning.sweep import remove_expired
 
 RECORDS = b'{"instruction": "Say hello", "output": "Hello"}\n' * 3
 
@@ -91,6 +93,33 @@ def test_an_expired_file_goes_at_the_next_start_unless_a_job_still_reads_it(make
     assert stored(service) == {read, gone}
     service.restart()
     assert stored(service) == {read}
+
+
+def test_an_expired_file_goes_while_the_service_runs(tmp_path: Path) -> None:
+    database, blobs = Database(f"sqlite:///{tmp_path}/x.db"), Blobs(tmp_path)
+    database.migrate()
+    with database.session() as session:
+        for file_id, expires in (("file-1", time.time() - 1), ("file-2", time.time() + 60), ("file-3", None)):
+            blobs.path(file_id).write_bytes(b"x")
+            row = {"filename": "a", "purpose": "evals", "bytes": 1, "sha256": ""}
+            session.add(FileRow(id=file_id, expires_at=expires, **row))
+    (tmp_path / ".incoming-file-4").write_bytes(b"x")  # an upload under way
+    remove_expired(database, blobs)
+    database.dispose()
+    assert {path.name for path in tmp_path.glob("*file*")} == {"file-2", "file-3", ".incoming-file-4"}
+
+
+def test_another_database_costs_no_upload(make_server, tmp_path: Path) -> None:
+    service = make_server()
+    kept = upload(service.http).json()["id"]
+    deleted = service.data_dir / "jobs" / ".deleted-1"
+    (deleted / "output").mkdir(parents=True)
+    service.environment["FINETUNING_DATABASE_URL"] = f"sqlite:///{tmp_path}/other.db"
+    service.restart()
+    assert stored(service) == {"orphaned"}
+    assert (service.data_dir / "files" / "orphaned" / kept).read_bytes() == RECORDS
+    assert "is FINETUNING_DATABASE_URL right?" in service.log
+    assert not deleted.exists()
 
 
 @pytest.mark.parametrize("seconds", ["3599", "2592001", "soon", "-1", "1e4", ""])

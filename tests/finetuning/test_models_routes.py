@@ -15,7 +15,7 @@ from fixtures_jobs import start_and_finish
 from safetensors.numpy import save_file
 
 from comps.finetuning.store.database import Database
-from comps.finetuning.store.tables import JobRow, ModelRow, new_id
+from comps.finetuning.store.tables import CheckpointRow, JobRow, ModelRow, new_id
 
 WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": numpy.zeros((4, 4), dtype="float32")}
 ADAPTER = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "org/base"}
@@ -240,6 +240,10 @@ def test_a_model_that_a_job_made_is_deleted_with_its_files(
             ModelRow(id="ft:m", kind="super_adapter", path=str(output), job_id="ft-job-m", details={})
         )
         session.add(ModelRow(id="ft:m:h", kind="adapter", path=str(version), job_id="ft-job-m", details={}))
+        session.add(JobRow(id="ft-job-m", kind="fine_tuning", status="succeeded", model="m"))
+        session.flush()
+        checkpoint = {"job_id": "ft-job-m", "step": 1, "path": str(output / "checkpoint-1")}
+        session.add(CheckpointRow(id="ftckpt-m", **checkpoint))
         spec = {"adapter": str(version)}
         session.add(JobRow(id="job-x", kind="merge", status="paused", model="m", spec=spec))
     assert client.models.retrieve("ft:m:h").model_extra["job_id"] == "ft-job-m"
@@ -252,8 +256,11 @@ def test_a_model_that_a_job_made_is_deleted_with_its_files(
     assert client.models.delete("ft:m:h").deleted
     assert output.exists()
     assert not version.exists()
+    assert [each.id for each in client.fine_tuning.jobs.checkpoints.list("ft-job-m")] == ["ftckpt-m"]
     assert client.models.delete("ft:m").deleted
+    assert list((server.data_dir / "jobs").glob(".deleted-*")) == []
     assert not output.exists()
+    assert client.fine_tuning.jobs.checkpoints.list("ft-job-m").data == []
 
 
 def test_a_base_model_that_an_unfinished_job_uses_stays_registered(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
+import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi import Path as PathParameter
-from sqlalchemy import ColumnElement, SQLColumnExpression, or_, select
+from sqlalchemy import ColumnElement, SQLColumnExpression, delete, or_, select
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
-from comps.finetuning.dependencies import OwnerDep, ReaderDep, SessionDep, SettingsDep
+from comps.finetuning.dependencies import DatabaseDep, OwnerDep, ReaderDep, SettingsDep
 from comps.finetuning.jobs.adapters import versions_directory
 from comps.finetuning.jobs.find import find_base_model, find_model, visible
 from comps.finetuning.jobs.states import ACTIVE
@@ -22,7 +22,8 @@ from comps.finetuning.registry import inspect_directory
 from comps.finetuning.schemas.models import ModelDeleted, ModelList, ModelObject, RegisterModel
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.settings import Settings
-from comps.finetuning.store.tables import JobRow, ModelRow
+from comps.finetuning.store.tables import CheckpointRow, JobRow, ModelRow
+from comps.finetuning.sweep import DELETED
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -54,16 +55,16 @@ def list_models(owner: OwnerDep, settings: SettingsDep, session: ReaderDep) -> M
 
 @router.post("")
 def register_model(
-    body: RegisterModel, owner: OwnerDep, settings: SettingsDep, session: SessionDep
+    body: RegisterModel, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
 ) -> ModelObject:
     """Give a directory under the models root a name: a base model, or a super-adapter trained elsewhere."""
-    if session.get(ModelRow, body.id) is not None:
-        raise Conflict(f"There is already a model {body.id!r}.", param="id")
+    # Files are read outside any transaction, so that a slow disk holds nobody up.
     found = inspect_directory(settings.models_dir, body.path)
     local = catalog.find_local_model(settings.models_dir, body.id)
     if local is not None and local != found.directory:
         raise Conflict(f"The name {body.id!r} belongs to another directory in the models root.", param="id")
-    base_model = _base_model(session, settings, body, found.base_model, owner)
+    with database.reading() as session:
+        base_model = _base_model(session, settings, body, found.base_model, owner)
     if found.kind == "super_adapter" and base_model is None:
         message = "base_model is missing, and the adapter's own config names no base model."
         raise InvalidRequest(message, param="base_model")
@@ -75,8 +76,10 @@ def register_model(
         base_model=base_model,
         details={},
     )
-    session.add(row)
-    session.flush()
+    with database.session() as session:
+        if session.get(ModelRow, body.id) is not None:
+            raise Conflict(f"There is already a model {body.id!r}.", param="id")
+        session.add(row)
     return ModelObject.of(row, request_warnings(body))
 
 
@@ -115,24 +118,40 @@ def retrieve_model(
 
 @router.delete("/{model_id:path}")
 def delete_model(
-    model_id: ModelId, owner: OwnerDep, settings: SettingsDep, session: SessionDep
+    model_id: ModelId, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
 ) -> ModelDeleted:
     """Forget a registered model (its files stay), or remove a model that a job made with its files."""
-    row = find_model(session, model_id, owner)
-    if row is None:
-        if found_on_disk(settings, model_id):
-            message = f"The model {model_id!r} lies in the models root and is not the service's to remove."
-            raise Conflict(message, param="model")
-        raise _unknown(model_id)
-    _check_unused(session, settings, row)
-    session.delete(row)
-    session.commit()
-    path = Path(row.path)
-    ours = path.is_relative_to(settings.data_dir) and not path.is_relative_to(settings.models_dir)
-    if _made_here(row) and ours:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(path)
+    put_aside = None
+    with database.session() as session:
+        row = find_model(session, model_id, owner)
+        if row is None:
+            if found_on_disk(settings, model_id):
+                message = (
+                    f"The model {model_id!r} lies in the models root and is not the service's to remove."
+                )
+                raise Conflict(message, param="model")
+            raise _unknown(model_id)
+        _check_unused(session, settings, row)
+        session.delete(row)
+        path = Path(row.path)
+        ours = path.is_relative_to(settings.data_dir) and not path.is_relative_to(settings.models_dir)
+        if _made_here(row) and ours:
+            session.execute(delete(CheckpointRow).where(_is_in(CheckpointRow.path, row.path)))
+            put_aside = _put_aside(settings, path)
+    if put_aside:
+        shutil.rmtree(put_aside)
     return ModelDeleted(id=model_id)
+
+
+def _put_aside(settings: Settings, path: Path) -> Path | None:
+    """Take the files of a model away at once; removing them takes a while, and goes on at the next start."""
+    area = settings.data_dir / path.relative_to(settings.data_dir).parts[0]
+    aside = area / f"{DELETED}{uuid.uuid4().hex}"
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return None
+    return aside
 
 
 def _check_unused(session: Session, settings: Settings, row: ModelRow) -> None:

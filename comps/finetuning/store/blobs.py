@@ -2,7 +2,7 @@
 
 A blob is written under a temporary name, flushed and renamed; then its row is committed. Deleting
 goes the other way: the row first, then the bytes. So a crash leaves at worst bytes without a row,
-which :meth:`Blobs.sweep` removes at the next start.
+which :meth:`Blobs.tidy` puts aside at the next start.
 """
 
 from __future__ import annotations
@@ -95,9 +95,22 @@ class Blobs:
         """Remove the bytes; to be called after the row's removal was committed."""
         self.path(file_id).unlink(missing_ok=True)
 
-    def sweep(self, known: Collection[str]) -> list[str]:
-        """Remove what no row knows, and half-written blobs. For the start, before any upload."""
-        removed = [entry.name for entry in self.directory.iterdir() if entry.name not in known]
-        for name in removed:
-            (self.directory / name).unlink()
-        return sorted(removed)
+    @property
+    def orphaned(self) -> Path:
+        """Where bytes without a row go. They are kept: it may be the database that is the wrong one."""
+        return self.directory / "orphaned"
+
+    def tidy(self, known: Collection[str]) -> list[str]:
+        """Remove half-written blobs and put aside what no row knows; returns the ids of the latter.
+
+        For the start, before any upload.
+        """
+        orphans = []
+        for entry in list(self.directory.iterdir()):
+            if entry.name.startswith(_TEMPORARY):
+                entry.unlink()
+            elif entry.name not in known and entry != self.orphaned:
+                self.orphaned.mkdir(mode=0o700, exist_ok=True)
+                entry.rename(self.orphaned / entry.name)
+                orphans.append(entry.name)
+        return orphans
