@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +28,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from comps.cores.errors import StartupError
 
 PREFIX = "FINETUNING_"
+
+# What Kubernetes sets in every container of a namespace with a Service named "finetuning"; it also sets
+# FINETUNING_PORT, to a URL.
+_KUBERNETES = re.compile(rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?)")
+_KUBERNETES_URLS = ("tcp://", "udp://", "sctp://")
 
 # A comma-separated variable.
 Listed = Annotated[tuple[str, ...], NoDecode]
@@ -77,7 +83,9 @@ class Settings(BaseSettings):
     )
     max_upload_bytes: int = Field(512 * 2**20, ge=1, description="Largest uploaded file, in bytes.")
     max_body_bytes: int = Field(2**20, ge=1, description="Largest JSON body, in bytes.")
-    max_attempts: int = Field(3, ge=1, description="Times a job is started before a dying run fails it.")
+    max_attempts: int = Field(
+        3, ge=1, description="Deaths in a row, without a new checkpoint, after which a job fails."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     ray_address: str = Field(
         "", validation_alias="RAY_ADDRESS", description="Ray cluster to join; absent: a local one is started."
@@ -88,6 +96,13 @@ class Settings(BaseSettings):
     hf_hub_offline: bool = Field(
         False, validation_alias="HF_HUB_OFFLINE", description="Never ask the Hugging Face hub for a model."
     )
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _not_of_kubernetes(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith(_KUBERNETES_URLS):
+            return cls.model_fields["port"].default
+        return value
 
     @field_validator("data_dir", "models_dir", "api_keys_file")
     @classmethod
@@ -152,7 +167,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """The settings of this process. Raises :class:`StartupError` with a sentence that names the variable."""
     known = variables()
     for name in environ:
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+        if name.upper().startswith(PREFIX) and name.upper() not in known and not _KUBERNETES.fullmatch(name):
             near = difflib.get_close_matches(name.upper(), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}."
             raise StartupError(f"The environment variable {name} is not a setting of this service; {hint}")

@@ -81,6 +81,16 @@ def test_a_wrong_value_is_an_error_that_names_the_variable(monkeypatch: pytest.M
         load_settings()
 
 
+def test_what_kubernetes_sets_for_a_service_of_this_name_is_no_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FINETUNING_PORT", "tcp://10.96.0.7:8015")
+    monkeypatch.setenv("FINETUNING_SERVICE_HOST", "10.96.0.7")
+    for name in ("SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_8015_TCP", "PORT_8015_TCP_ADDR"):
+        monkeypatch.setenv(f"FINETUNING_{name}", "x")
+    assert (load_settings().host, load_settings().port) == ("127.0.0.1", 8015)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_without_keys_only_loopback_is_listened_on(host: str) -> None:
     with pytest.raises(ValueError, match="without API keys"):
