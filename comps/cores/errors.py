@@ -22,6 +22,7 @@ passes answers on without looking at their status still knows which job they are
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar
@@ -34,6 +35,8 @@ from starlette.exceptions import HTTPException
 
 IDS = ("fine_tuning_job_id", "id")
 _QUOTED_INPUT = 80
+# Fields whose values are not repeated in messages.
+_SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
 # pydantic's words for these are about Python's types.
 _OBJECT = ("model_type", "model_attributes_type", "dict_type")
 
@@ -148,7 +151,8 @@ def describe_problem(problem: Mapping[str, Any]) -> tuple[str, str | None]:
         return (f"{place} is missing." if field else f"{place} is empty, JSON was expected."), field
     given = problem.get("input")
     shown = ""
-    if given is None or isinstance(given, str | int | float):
+    secret = any(_SECRET.search(str(part)) for part in path)
+    if not secret and (given is None or isinstance(given, str | int | float)):
         text = json.dumps(given, ensure_ascii=False)
         shown = f" (got {text if len(text) <= _QUOTED_INPUT else text[:_QUOTED_INPUT] + '...'})"
     return f"{place}: {reason}{shown}.", field

@@ -50,6 +50,13 @@ def test_a_wrong_type_names_field_and_value(server) -> None:
     assert "(got 7)" in error["message"]
 
 
+def test_a_wrong_secret_is_not_repeated(server) -> None:
+    body = {"model": "m", "training_file": "f", "General": {"config": {"token": "hf_canary" * 100}}}
+    error = check_envelope(server.http.post("/v1/fine_tuning/jobs", json=body), 422)
+    assert error["param"] == "General.config.token"
+    assert "canary" not in error["message"]
+
+
 def test_a_wrong_query_parameter_is_named(server) -> None:
     error = check_envelope(server.http.get("/v1/files", params={"limit": 0}), 422)
     assert error["message"] == 'query.limit: input should be greater than or equal to 1 (got "0").'
