@@ -20,8 +20,9 @@ from comps.tuning.spec import DataSpec, LoraSpec, ModelSpec, OptimizationSpec, T
 def add_file(database: Database, name: str, owner: str | None = None, **fields: Any) -> str:
     """A file's row (no bytes); returns its id."""
     row = FileRow(
-        id=new_id("file"), filename=name, purpose="fine-tune", bytes=1, sha256="0", owner=owner, **fields
-    )
+        id=new_id("file"), filename=name, bytes=1, sha256="0", owner=owner,
+        **{"purpose": "fine-tune", **fields},
+    )  # fmt: skip
     with database.session() as session:
         session.add(row)
     return row.id

@@ -105,6 +105,18 @@ def test_turning_the_masking_of_prompts_off_does_not_mask_the_responses(
     assert (data.mask_input, data.mask_response) == expected
 
 
+def test_only_files_that_were_uploaded_for_it_are_trained_on(create: Any, database: Database) -> None:
+    other = add_file(database, "other.json", purpose="user_data")
+    for name in (other, "other.json"):
+        for field in ("training_file", "validation_file"):
+            with pytest.raises(
+                InvalidRequest, match=r"the purpose 'user_data'; upload it with .*'fine-tune'"
+            ):
+                create(**{field: name})
+    right = add_file(database, "other.json", created_at=1000.0)
+    assert create(training_file="other.json").training_file == right
+
+
 def test_warnings_are_events_too(create: Any, database: Database) -> None:
     job = create(surprise=1, General={"output_dir": "/tmp/x"}, Training={"dpo_beta": 0.5})
     with database.reading() as session:
@@ -262,6 +274,7 @@ def test_a_version_keeps_its_configuration(database: Database, settings: Setting
         ask_extract(database, settings, **body | {"custom_config": CUSTOM[::-1]})
     assert caught.value.headers["x-should-retry"] == "false"
     assert ask_extract(database, settings, **body).id == first.id
+    assert ask_extract(database, settings, fine_tuning_job_id=job_id, adapter_version="mine").id == first.id
 
 
 @pytest.mark.parametrize(
@@ -270,6 +283,8 @@ def test_a_version_keeps_its_configuration(database: Database, settings: Setting
         ({"custom_config": [8] * 5, "adapter_version": "mine"}, "custom_config"),
         ({"custom_config": [7] * 6, "adapter_version": "mine"}, "custom_config"),
         ({"adapter_version": "mine"}, "custom_config"),
+        ({"adapter_version": "best", "custom_config": CUSTOM}, "adapter_version"),
+        ({"adapter_version": "best"}, "adapter_version"),
         ({"adapter_version": "heuristic", "custom_config": CUSTOM}, "custom_config"),
         ({"custom_config": CUSTOM}, "adapter_version"),
         ({"adapter_version": "a", "sub_adapter_version": "b", "custom_config": CUSTOM}, "adapter_version"),

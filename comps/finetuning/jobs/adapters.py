@@ -7,6 +7,7 @@ models root is the operator's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from comps.tuning.rundir import OUTPUT
 from comps.tuning.spec import ExtractSpec, MergeSpec, ModelSpec, TrainSpec
 
 MERGED = "merged_model"
+BEST = "best"  # the version that a search of the space gives
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,28 @@ def create_extract(
     version = version or "heuristic"
     with database.reading() as session:
         source = _source(session, settings, request, owner)
+        known = _known(session, "extract", source.id, version)
     if not source.elastic:
         raise InvalidRequest(
             f"{_capital(source)} has no elastic ranks (neural_lora_search was off), so there is nothing to "
             "extract; its adapter can be merged as it is.",
             param="fine_tuning_job_id",
         )
+    if version == BEST and known is None:
+        raise InvalidRequest(
+            f"adapter_version: {BEST!r} is kept for what a search finds, and none was made of {source}; give "
+            "a custom_config a name of its own.",
+            param="adapter_version",
+        )
+    custom: Sequence[int] | None = request.custom_config
+    form = request.form
+    if known is not None:
+        # Whoever asks again for a version need not say again what it is.
+        made = ExtractSpec.model_validate(known.spec)
+        custom = made.config if custom is None else custom
+        form = request.form if "form" in request.model_fields_set else made.form
     try:
-        config = load_space(source.directory).resolve(version, request.custom_config)
+        config = load_space(source.directory).resolve(version, custom)
     except AdapterError as error:
         raise InvalidRequest(_capital(error).rstrip(".") + ".", param=error.param) from error
     output = source.output / version
@@ -84,7 +100,7 @@ def create_extract(
     job_id = new_id("extract")
     spec = ExtractSpec(
         job_id=job_id, directory=settings.jobs_dir / job_id, super_adapter=source.directory, version=version,
-        config=config, form=request.form, output=output,
+        config=config, form=form, output=output,
     )  # fmt: skip
 
     with database.session() as session:
@@ -92,7 +108,7 @@ def create_extract(
         if known is None:
             return _new_row(session, spec, source, version, request)
         same = ExtractSpec.model_validate(known.spec)
-        if (same.config, same.form) != (config, request.form):
+        if (same.config, same.form) != (config, form):
             raise Conflict(
                 f"The version {version!r} of {source} exists with another configuration; choose another.",
                 param="adapter_version",

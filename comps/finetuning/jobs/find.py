@@ -18,6 +18,8 @@ from comps.finetuning.settings import Settings
 from comps.finetuning.store.tables import CheckpointRow, FileRow, JobRow, ModelRow
 from comps.tuning.spec import ModelSpec
 
+DATA_PURPOSE = "fine-tune"
+
 _SHOWN = 80
 
 
@@ -69,12 +71,21 @@ def find_file(session: Session, file_id: str, owner: str | None) -> FileRow:
 
 
 def find_data_file(session: Session, name: str, owner: str | None, param: str) -> FileRow:
-    """A stored file by its id, or the newest by its name. Raises :class:`NotFound`."""
+    """A stored file by its id, or the newest by its name, that was uploaded to be trained on.
+
+    Raises :class:`NotFound`, or :class:`InvalidRequest` for a file of another purpose.
+    """
+    newest = (FileRow.purpose == DATA_PURPOSE).desc(), FileRow.created_at.desc(), FileRow.id
     usable = usable_files(owner)
-    newest = FileRow.created_at.desc(), FileRow.id
     row = session.scalar(usable.where(FileRow.id == name)) or session.scalar(
         usable.where(FileRow.filename == name).order_by(*newest).limit(1)
     )
+    if row is not None and row.purpose != DATA_PURPOSE:
+        raise InvalidRequest(
+            f"{param}: the file {name[:_SHOWN]!r} was uploaded with the purpose {row.purpose!r}; "
+            f"upload it with the purpose {DATA_PURPOSE!r} to use it as data.",
+            param=param,
+        )
     if row is None:
         raise NotFound(
             f"{param}: there is no stored file with the id or the name {name[:_SHOWN]!r}; "

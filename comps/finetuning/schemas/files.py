@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from comps.cores.errors import InvalidRequest
 from comps.finetuning.store.tables import FileRow
 
-# What clients may upload files for; only "fine-tune" files are read by this service.
+# What clients may upload files for; only "fine-tune" files can be trained on.
 PURPOSES = ("fine-tune", "assistants", "batch", "evals", "user_data", "vision")
 
 _NAME_LIMIT = 255
