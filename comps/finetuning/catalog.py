@@ -2,7 +2,7 @@
 
 A name is ``org/name``, ``name`` or a longer path under the models root, of plain characters only. It is
 looked for in the models root, then in the local Hugging Face cache, then (unless the service is offline)
-it is taken for an id on the hub, whose existence :func:`check_on_hub` tells.
+it is taken for an id on the hub, of which :func:`check_on_hub` tells whether it can be used.
 
 Nothing here imports torch; ``huggingface_hub`` is imported when it is needed, since that takes a while.
 """
@@ -18,12 +18,14 @@ from typing import Any
 from comps.cores.errors import InvalidRequest, NotFound, Unavailable
 from comps.finetuning.settings import Settings
 from comps.finetuning.weights import WeightsError, read_headers, weights_files
+from comps.tuning.export.files import VOCABULARIES, has_tokenizer
 from comps.tuning.spec import ModelSpec
 
 MAX_NAME = 200
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+# GPT-NeoX calls its output head embed_out, and that is linear.
+_EMBEDDING = re.compile(r"wte|wpe|shared|embed(?!_out$).*|\w*_embeddings?")
 _HUB_ID = re.compile(r"[^/]+(/[^/]+)?")
 
 
@@ -89,13 +91,16 @@ def model_not_found(message: str) -> NotFound:
 
 
 def check_on_hub(name: str, token: str | None) -> None:
-    """Ask the hub for a model. Raises :class:`NotFound`, :class:`InvalidRequest` for a gated model, and
-    :class:`Unavailable` when the hub does not answer."""
+    """Ask the hub for a model that can be trained on.
+
+    Raises :class:`NotFound`, :class:`InvalidRequest` for a gated model or one that lacks files, and
+    :class:`Unavailable` when the hub does not answer.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        HfApi().model_info(name, token=token or False, timeout=30)
+        model = HfApi().model_info(name, token=token or False, timeout=30)
     except GatedRepoError as error:
         raise InvalidRequest(
             f"The model {name!r} is gated on the Hugging Face hub: accept its terms there, and give a token "
@@ -112,6 +117,19 @@ def check_on_hub(name: str, token: str | None) -> None:
         raise Unavailable(
             f"The Hugging Face hub could not be asked for the model {name!r}: {type(error).__name__}."
         ) from error
+
+    files = {sibling.rfilename for sibling in model.siblings or ()}
+    if not any("/" not in file and file.endswith(".safetensors") for file in files):
+        lacking = "safetensors weights; pickled weights are never loaded"
+    elif "config.json" not in files:
+        lacking = "config.json"
+    elif files.isdisjoint(VOCABULARIES):
+        lacking = "tokenizer, so it cannot be trained on"
+    else:
+        return
+    raise InvalidRequest(
+        f"The model {name!r} on the Hugging Face hub has no {lacking}.", param="model", code="invalid_model"
+    )
 
 
 def _cached(name: str) -> Path | None:
@@ -161,20 +179,22 @@ def check_mergeable(directory: Path) -> None:
 def check_trainable(directory: Path) -> None:
     """As :func:`check_mergeable`, and a tokenizer is needed too."""
     check_mergeable(directory)
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        names = ", ".join(TOKENIZER_FILES)
+    if not has_tokenizer(directory):
+        names = ", ".join(VOCABULARIES)
         raise _unusable(directory, f"has no tokenizer ({names}), so it cannot be trained on")
 
 
 def module_names(directory: Path) -> set[str]:
-    """The paths of the model's modules that have a weight matrix, such as ``model.layers.0.mlp.up_proj``.
+    """The paths of the model's linear modules, such as ``model.layers.0.mlp.up_proj``.
 
-    Read from the headers of its safetensors files. Raises :class:`InvalidRequest` as above.
+    These are those with a weight matrix that are not embeddings by their name. Read from the headers of
+    the safetensors files. Raises :class:`InvalidRequest` as above.
     """
     found = set()
     for name, shape in _tensors(directory):
         module, _, parameter = name.rpartition(".")
-        if parameter in ("weight", "qweight") and len(shape) == 2:
+        last = module.rpartition(".")[2]
+        if parameter in ("weight", "qweight") and len(shape) == 2 and not _EMBEDDING.fullmatch(last):
             found.add(module)
     return found
 

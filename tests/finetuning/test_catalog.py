@@ -6,14 +6,21 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from fixtures_models import save_tiny_model
+from fixtures_models import save_tiny_model, tiny_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from comps.cores.errors import InvalidRequest, NotFound
 from comps.finetuning import catalog
 from comps.finetuning.settings import Settings
+
+LINEAR = (nn.Linear, Conv1D)
+TIED = {"lm_head"}  # to the embeddings, so the file has no weight of its own for it
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,17 @@ def test_module_names_come_from_the_weights_headers(root: Path) -> None:
     names = catalog.module_names(root / "org" / "tiny")
     assert "model.layers.1.self_attn.q_proj" in names
     assert "model.layers.0.mlp.down_proj" in names
-    assert not any("norm" in name for name in names)
+    assert not any("norm" in name or "embed" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("family", "embedding"), [("gpt2", "wte"), ("opt", "embed_positions"), ("bloom", "word_embeddings")]
+)
+def test_embeddings_are_no_modules_to_adapt(tmp_path: Path, family: str, embedding: str) -> None:
+    names = catalog.module_names(save_tiny_model(tmp_path, family, tokenizer=False))
+    assert embedding not in {name.rpartition(".")[2] for name in names}
+    linear = {name for name, module in tiny_model(family).named_modules() if isinstance(module, LINEAR)}
+    assert {name.rpartition(".")[2] for name in names} == {name.rpartition(".")[2] for name in linear} - TIED
 
 
 def test_a_model_without_a_tokenizer_can_be_merged_into_and_not_trained(root: Path) -> None:
@@ -121,6 +138,47 @@ def test_an_index_that_names_missing_shards_is_refused(tmp_path: Path) -> None:
         index.write_text(content)
         with pytest.raises(InvalidRequest, match=message):
             catalog.check_trainable(model)
+
+
+HUB_FILES = ["config.json", "tokenizer.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (HUB_FILES, "usable"),
+        (["config.json", "tokenizer.json", "pytorch_model.bin"], "has no safetensors weights"),
+        (["config.json", "tokenizer.json", "onnx/model.safetensors"], "has no safetensors weights"),
+        (HUB_FILES[1:], "has no config.json"),
+        (["config.json", "model.safetensors"], "has no tokenizer"),
+    ],
+)
+def test_a_model_on_the_hub_must_have_the_files_that_are_needed(files: list[str], said: str) -> None:
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"id": "org/some", "siblings": [{"rfilename": name} for name in files]})
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    script = (
+        "from comps.finetuning.catalog import check_on_hub\n"
+        "from comps.cores.errors import InvalidRequest\n"
+        "try: check_on_hub('org/some', None); print('usable')\n"
+        "except InvalidRequest as error: print(error)"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HUB_OFFLINE": "0",
+        }
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        hub.shutdown()
+    assert said in run.stdout, run.stderr
 
 
 def test_a_hub_that_does_not_answer_is_unavailable(tmp_path: Path) -> None:

@@ -210,7 +210,6 @@ def test_the_report_counts_rows_and_tokens(tmp_path: Path) -> None:
     lengths = [len(row["input_ids"]) for row in data.train]
     assert data.train.lengths == lengths
     assert data.report.train_tokens == sum(lengths)
-    assert data.report.longest_row == max(lengths)
     assert (data.report.train_rows, data.report.validation_rows) == (36, 4)
 
 

@@ -140,6 +140,12 @@ def test_modules_that_do_not_exist_are_named():
         build_adapter(tiny_model(), LoraSpec(groups=(RankGroup(modules=("c_attn",), ranks=(4,)),)))
 
 
+@pytest.mark.parametrize(("family", "name"), [("llama", "embed_tokens"), ("gpt2", "wte")])
+def test_an_embedding_gets_no_adapter(family, name):
+    with pytest.raises(AdapterError, match=f"'{name}' is an embedding"):
+        build_adapter(tiny_model(family), LoraSpec(target_modules=(name,)))
+
+
 def test_an_architecture_without_defaults_needs_target_modules():
     model = tiny_model()
     model.config.model_type = "unheard_of"

@@ -40,12 +40,6 @@ def test_a_model_loads_in_the_type_and_with_the_cache_asked_for(tmp_path: Path) 
     assert model.config.use_cache is True
 
 
-def test_a_classifier_may_get_a_new_head(tmp_path: Path) -> None:
-    model = load_base_model(spec(save_tiny_model(tmp_path, "bert")), task_type="SEQ_CLS")
-    assert model.config.architectures == ["BertForMaskedLM"]
-    assert type(model).__name__ == "BertForSequenceClassification"
-
-
 def test_a_tokenizer_keeps_its_template_and_gets_padding_where_it_has_none(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, tokenizer=False)
     tiny_tokenizer(pad_token=None).save_pretrained(tmp_path)

@@ -80,7 +80,9 @@ def check_modules(config: LoraConfig, spec: LoraSpec, modules: Iterable[str]) ->
         if not any(is_named(path, name) for path in paths):
             known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
             field = "target_modules" if name in (config.target_modules or ()) else given
-            raise refusal(field, f"names {name!r}, but the base model has no such module; it has {known}")
+            raise refusal(
+                field, f"names {name!r}, but the base model has no such linear module; it has {known}"
+            )
 
 
 def _rank_groups(config: LoraConfig) -> tuple[RankGroup, ...]:

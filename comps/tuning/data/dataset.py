@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +92,7 @@ class DataReport:
 
     train_rows: int
     train_tokens: int
-    longest_row: int
     validation_rows: int = 0
-    validation_tokens: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -132,9 +130,8 @@ def build_datasets(spec: DataSpec, task: str, tokenizer: PreTrainedTokenizerBase
         train = train.select(np.sort(order[count:]))
     if splits:
         train = train.select(range(len(train))[: spec.max_train_samples])
-    totals = DataReport(len(train), sum(train.lengths), max(train.lengths), warnings=warnings)
-    if validation is not None:
-        totals = replace(totals, validation_rows=len(validation), validation_tokens=sum(validation.lengths))
+    validation_rows = 0 if validation is None else len(validation)
+    totals = DataReport(len(train), sum(train.lengths), validation_rows, warnings)
     return TokenisedData(train, validation, totals)
 
 

@@ -138,8 +138,13 @@ def _default_targets(model: PreTrainedModel) -> list[str]:
 
 
 def _check_targets(targets: Sequence[str], model: nn.Module) -> None:
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | nn.Embedding)]
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    embeddings = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
     for target in targets:
+        if any(is_named(name, target) for name in embeddings):
+            raise AdapterError(
+                f"{target!r} is an embedding; only linear modules can have an adapter", param="target_modules"
+            )
         if not any(is_named(name, target) for name in names):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
             raise AdapterError(

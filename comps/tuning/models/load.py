@@ -10,20 +10,12 @@ import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from comps.tuning.errors import ModelError
+from comps.tuning.export.files import has_tokenizer
 from comps.tuning.spec import ModelSpec
 
-# PEFT's task types, which are the ones a LoRA request may name.
-AUTO_CLASSES = {
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": transformers.AutoModel,
-}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -32,7 +24,6 @@ def load_base_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    task_type: str = "CAUSAL_LM",
     use_cache: bool = False,
 ) -> PreTrainedModel:
     """Load the base model in ``dtype`` on ``device``, in evaluation mode.
@@ -44,15 +35,15 @@ def load_base_model(
     if model.local:
         _check_directory(model)
     with _explained(model):
-        loaded, report = AUTO_CLASSES[task_type].from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )
-    if report["missing_keys"] and task_type == "CAUSAL_LM":
-        # Other tasks put a new head on the model; here a missing weight would be random instead.
+    if report["missing_keys"]:
+        # They would be random instead.
         names = sorted(report["missing_keys"])
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ModelError(f"base model {model.name}: its files lack the weight {names[0]}{others}")
@@ -67,8 +58,7 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
     """
     if model.local:
         _check_directory(model, weights=False)
-        patterns = ("tokenizer*.json", "*.model", "vocab.*")
-        if not any(found for pattern in patterns for found in Path(model.path).glob(pattern)):
+        if not has_tokenizer(Path(model.path)):
             raise ModelError(f"base model {model.name} has no tokenizer, so it cannot be trained on text")
     with _explained(model, "the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
