@@ -28,6 +28,9 @@ from comps.tuning.rundir import write_json
 
 # Carried by every process of a head, with the head's directory as its value.
 MARK = "COMPS_RAY_HEAD"
+# Ray replaces 127.0.0.1 by the machine's address and listens on all interfaces, except where clusters are
+# not supported: then it stays on loopback. This switch says so.
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Not for jobs: the operator's secrets, and addresses and settings that would lead the head astray.
 _PRIVATE = ("FINETUNING_", "OPEA_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_ADDRESS")
 
@@ -60,6 +63,7 @@ class LocalHead:
         self.token_path = token_file(self.directory)
         self.log = self.directory / "head.log"
         self._record = self.directory / "head.json"
+        self._child: subprocess.Popen[bytes] | None = None
         # Ray puts Unix sockets below its temporary directory, and their paths are limited to 107
         # bytes; a data directory may lie deeper than that leaves room for.
         name = hashlib.sha256(str(self.directory).encode()).hexdigest()[:12]
@@ -97,13 +101,14 @@ class LocalHead:
             f"--object-store-memory={128 * 1024 * 1024}",
         ]  # fmt: skip
         with open(self.log, "ab") as log:
-            process = subprocess.Popen(
+            self._child = subprocess.Popen(
                 command, env=self._environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
         address = f"http://127.0.0.1:{dashboard}"
-        created = psutil.Process(process.pid).create_time()
-        write_json(self._record, {"pid": process.pid, "created": created, "dashboard": address})
+        pid = self._child.pid
+        created = psutil.Process(pid).create_time()
+        write_json(self._record, {"pid": pid, "created": created, "dashboard": address})
         return address
 
     def stop(self, grace: float = 2) -> None:
@@ -119,6 +124,8 @@ class LocalHead:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, timeout=1)
+        if self._child:
+            self._child.wait()
         self._record.unlink(missing_ok=True)
 
     def processes(self) -> list[psutil.Process]:
@@ -133,20 +140,21 @@ class LocalHead:
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
-        return inherited | {
-            MARK: str(self.directory),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.token_path),
-            # Without this Ray replaces 127.0.0.1 by the machine's address and listens on all interfaces:
-            # the switch keeps Ray on loopback, as it does by default where clusters are not supported.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            # At the level info Ray logs the environment of every job, with its tokens.
-            "RAY_LOGGER_LEVEL": "warning",
-            # Ray's processes rename themselves; this keeps their environment (the mark) readable.
-            "SPT_NOENV": "1",
-            # Jobs have an environment of their own, which workers started in advance don't fit.
-            "RAY_prestart_worker_first_driver": "0",
-        }
+        return (
+            inherited
+            | ON_LOOPBACK
+            | {
+                MARK: str(self.directory),
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(self.token_path),
+                # At the level info Ray logs the environment of every job, with its tokens.
+                "RAY_LOGGER_LEVEL": "warning",
+                # Ray's processes rename themselves; this keeps their environment (the mark) readable.
+                "SPT_NOENV": "1",
+                # Jobs have an environment of their own, which workers started in advance don't fit.
+                "RAY_prestart_worker_first_driver": "0",
+            }
+        )
 
     def _session_dir(self) -> Path:
         """Ray's temporary directory, within one that only this user may enter; Ray opens its own to all.

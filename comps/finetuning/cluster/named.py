@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from comps.finetuning.cluster.errors import ClusterUnavailable
+from comps.finetuning.cluster.local_head import ON_LOOPBACK
 
 _TIMEOUT = 60.0
 # Ray's own client asks the cluster (by RAY_ADDRESS) for its dashboard, and the dashboard for its version.
@@ -31,8 +32,13 @@ async def dashboard_address(named: str) -> str:
     """
     if named.startswith(("http://", "https://")):
         return named
+    environment = {**os.environ, "RAY_ADDRESS": named}
+    if named.startswith(("127.", "localhost:")):
+        environment |= ON_LOOPBACK
+    if operator_token():
+        environment.setdefault("RAY_AUTH_MODE", "token")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _ASK, env={**os.environ, "RAY_ADDRESS": named},
+        sys.executable, "-c", _ASK, env=environment,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
