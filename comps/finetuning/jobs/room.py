@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comps.finetuning.store.tables import JobRow
 from comps.tuning.spec import ResourcesSpec
@@ -42,16 +42,16 @@ def nodes(resources: Iterable[dict[str, float]]) -> list[Node]:
 def demand(resources: ResourcesSpec, nodes: list[Node]) -> Demand:
     """What each worker gets on ``nodes``.
 
-    Without a number of cores in the request a worker gets a whole node, or its even share of all when
-    there are more workers than nodes, so that the same request runs on a laptop and on a cluster.
+    Without a number of cores in the request each gets as many as can be had for all of them alike: a
+    whole node, or a share of one when there are more workers than nodes. So the same request runs on a
+    laptop and on a cluster.
     """
     workers = resources.num_workers
-    cores = resources.cpus
-    if cores is None and workers <= len(nodes):
-        cores = nodes[workers - 1].cores
-    elif cores is None:
-        cores = max(1, sum(node.cores for node in nodes) // workers)
-    return Demand(workers, cores, resources.gpus)
+    if resources.cpus is not None:
+        return Demand(workers, resources.cpus, resources.gpus)
+    shares = range(max((node.cores for node in nodes), default=1), 1, -1)
+    enough = (cores for cores in shares if sum(node.cores // cores for node in nodes) >= workers)
+    return Demand(workers, next(enough, 1), resources.gpus)
 
 
 def impossible(wanted: Demand, nodes: list[Node]) -> str | None:
@@ -70,11 +70,19 @@ def _places(wanted: Demand, node: Node) -> int:
 
 
 def fits(wanted: Demand, nodes: list[Node], held: Iterable[Demand]) -> bool:
-    """Whether ``wanted`` fits beside what is ``held`` by the jobs that run now."""
-    all_jobs = [*held, wanted]
-    cores = sum(each.workers * each.cores for each in all_jobs)
-    gpus = sum(each.workers * each.gpus for each in all_jobs)
-    return cores <= sum(node.cores for node in nodes) and gpus <= sum(node.gpus for node in nodes)
+    """Whether ``wanted`` fits beside what is ``held`` by the jobs that run now.
+
+    Each worker lies on one node, so free cores here and there don't add up. Which node Ray has given a
+    worker is not asked: they are laid out anew, largest first, each on the node with the most free cores.
+    """
+    free = list(nodes)
+    workers = [each for each in (*held, wanted) for _ in range(each.workers)]
+    for worker in sorted(workers, key=lambda each: each.cores, reverse=True):
+        index = max(range(len(free)), key=lambda i: free[i].cores, default=None)
+        if index is None or free[index].cores < worker.cores:
+            return False
+        free[index] = replace(free[index], cores=free[index].cores - worker.cores)
+    return sum(each.gpus for each in workers) <= sum(node.gpus for node in nodes)
 
 
 def held_by(job: JobRow) -> Demand:

@@ -35,6 +35,8 @@ def training_arguments(spec: TrainSpec, scratch: Path, rows: int, validate: bool
     """
     training = spec.training
     interval = save_interval(spec, rows)
+    # Without checkpoints the validation loss is still worth knowing on the way.
+    measured = "steps" if training.save_strategy == "no" else training.save_strategy
     distributed = spec.resources.num_workers > 1
     return TrainingArguments(
         output_dir=str(scratch),
@@ -54,7 +56,7 @@ def training_arguments(spec: TrainSpec, scratch: Path, rows: int, validate: bool
         logging_nan_inf_filter=False,
         save_strategy=training.save_strategy,
         save_steps=interval,
-        eval_strategy=training.save_strategy if validate else "no",
+        eval_strategy=measured if validate else "no",
         eval_steps=interval,
         activation_checkpointing=training.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,

@@ -37,7 +37,7 @@ def optional_stack() -> str:
             continue
         try:
             importlib.import_module(module)
-            found.append(f"{module} is used")
+            found.append(f"{module} is loaded")
         except Exception as error:  # an incompatible IPEX raises whatever it likes, AttributeError included
             found.append(f"{module} is installed but not compatible ({type(error).__name__}: {error})")
     return "; ".join(found) or "stock PyTorch (no IPEX or oneCCL installed)"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from transformers import set_seed
 
 from comps.tuning import rundir
@@ -66,7 +67,8 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
             f"on {facts.optional_stack()}",
             machine=machine, versions=facts.versions(),
         )  # fmt: skip
-    resume = _resume_point(spec, output, events)
+    choice = _resume_point(spec, output, events) if events else None
+    resume = _agreed(choice, spec.resources.num_workers)
     set_seed(spec.training.seed)
 
     tokenizer = load_tokenizer(spec.base_model)
@@ -114,7 +116,10 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
     if events:
         write_output(spec, model, tokenizer, space, result)
         shutil.rmtree(scratch)
-        events.write(f"The adapter is written: {trained.global_step} steps in {result['seconds']} s")
+        events.write(
+            f"The adapter is written: {trained.global_step} steps in {result['seconds']} s",
+            type="progress", step=trained.global_step, seconds_left=0,
+        )  # fmt: skip
     return result
 
 
@@ -133,24 +138,32 @@ def _callbacks(
     return callbacks
 
 
-def _resume_point(spec: TrainSpec, output: Path, events: rundir.EventWriter | None) -> Path | None:
+def _resume_point(spec: TrainSpec, output: Path, events: rundir.EventWriter) -> Path | None:
     """The checkpoint to go on from. Damaged ones are passed over, and an event says so."""
     found = checkpoints.newest_good(output)
-    if events:
-        for path, damage in found.damaged.items():
-            events.write(f"{path.name} is damaged and not used: {damage}", level="warn")
-        if found.path:
-            events.write(f"Resuming from {found.path.name}")
-    if found.path is None and spec.resume_from is not None:
+    for path, damage in found.damaged.items():
+        events.write(f"{path.name} is damaged and not used: {damage}", level="warn")
+    if found.path is not None:
+        events.write(f"Resuming from {found.path.name}")
+        return found.path
+    if spec.resume_from is not None:
         if reason := checkpoints.damage(spec.resume_from):
             raise TuningError(
                 f"the checkpoint {spec.resume_from.name} cannot be used: {reason}",
                 param="General.resume_from_checkpoint",
             )
-        if events:
-            events.write(f"Starting from {spec.resume_from.name} of another job")
-        return spec.resume_from
-    return found.path
+        events.write(f"Starting from {spec.resume_from.name} of another job")
+    return spec.resume_from
+
+
+def _agreed(choice: Path | None, workers: int) -> Path | None:
+    """Rank 0's choice, on all workers. Only rank 0 holds the run's directory; what the others see there
+    may still be changed by an earlier attempt that is about to end."""
+    if workers == 1:
+        return choice
+    box = [choice]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _report_data(events: rundir.EventWriter, data: TokenisedData, seconds: float) -> None:
