@@ -133,9 +133,10 @@ def trainers(head: LocalHead, job_id: str) -> list[psutil.Process]:
     """The processes that train a job with one worker (one, or none)."""
     found = []
     for process in head.processes():
-        command = process.cmdline()
-        if "comps.tuning" in command and job_id in command[-1]:
-            found.append(process)
+        with suppress(psutil.Error):  # gone meanwhile
+            command = process.cmdline()
+            if "comps.tuning" in command and job_id in command[-1]:
+                found.append(process)
     return found
 
 

@@ -17,7 +17,16 @@ import httpx
 import psutil
 import pytest
 from fixtures_models import save_tiny_model
-from fixtures_service import MODEL, create, directory_of, messages, succeeded, upload
+from fixtures_service import (
+    MODEL,
+    at_step,
+    create,
+    directory_of,
+    messages,
+    succeeded,
+    trainers,
+    upload,
+)
 from fixtures_training import Run, run
 from service_process import ROOT, ServiceProcess
 
@@ -132,17 +141,24 @@ def test_ray_refuses_requests_without_the_token(head: LocalHead, service: Servic
     assert stat.S_IMODE(head.private_dir.stat().st_mode) == 0o700
 
 
-def test_a_service_that_joined_a_cluster_leaves_it_alone(head: LocalHead, service: ServiceProcess) -> None:
+def test_a_service_that_joined_a_cluster_leaves_it_and_its_jobs_alone(
+    head: LocalHead, service: ServiceProcess
+) -> None:
+    job_id = create(service, upload(service), Training={"max_train_steps": 200})
+    at_step(service, job_id, 5)
     before = dashboard(head)
     gcs = next(part for part in head.processes()[0].cmdline() if part.startswith("--port="))
     service.stop()
     assert dashboard(head) == before
+    assert trainers(head, job_id)
     # The other way to name it: the address that Ray's own processes use.
     service.environment["RAY_ADDRESS"] = f"127.0.0.1:{gcs.removeprefix('--port=')}"
     service.start()
     ray = wait_for_ray(service)
     assert ray["address"] == before
     assert not ray["local"]
+    succeeded(service, job_id)
+    assert "Attempt 2 is starting" not in messages(service, job_id)
 
 
 def test_a_job_too_big_for_a_cluster_of_others_waits_and_lets_others_pass(

@@ -33,7 +33,7 @@ CANARY = "hf_canary_0123456789abcdef"
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     directory = tmp_path_factory.mktemp("queue")
     save_tiny_model(directory / "data" / "models" / MODEL)
-    with closing(ServiceProcess(directory, ray=True)) as service:
+    with closing(ServiceProcess(directory, ray=True, FINETUNING_MAX_ATTEMPTS="1")) as service:
         yield service
 
 
@@ -103,3 +103,15 @@ def test_an_error_of_the_run_itself_fails_the_job_at_once(service: ServiceProces
     }
     assert "Attempt 2 is starting" not in messages(service, job_id)
     assert "mlflow is not installed" in (directory_of(service, job_id) / "log.txt").read_text()
+
+
+def test_a_run_that_dies_too_often_fails_the_job_with_a_sentence(service: ServiceProcess) -> None:
+    job_id = create(service, upload(service), General={"save_strategy": "no"}, Training={"epochs": 500})
+    at_step(service, job_id, 1)
+    (worker,) = trainers(local_head(service), job_id)
+    worker.kill()
+    failed = wait(service, job_id)
+    assert failed["error"]["code"] == "server_error"
+    assert failed["error"]["message"].startswith(
+        "the run's processes ended (FAILED) without a result, 1 time(s) in a row without a new checkpoint"
+    )

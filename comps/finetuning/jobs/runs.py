@@ -171,7 +171,7 @@ class Runs:
         if job.failures >= self._settings.max_attempts:
             fail(
                 session, job,
-                f"{what} without a result, {job.failures} times in a row without a new checkpoint; "
+                f"{what} without a result, {job.failures} time(s) in a row without a new checkpoint; "
                 f"see GET /v1/fine_tuning/jobs/{job.id}/logs",
             )  # fmt: skip
             return

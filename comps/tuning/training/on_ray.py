@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import ray
@@ -52,6 +53,8 @@ def train_on_ray(spec: TrainSpec, spec_path: Path) -> None:
         for name, value in _RAY_TRAIN.items():
             os.environ.setdefault(name, value)
         ray.init(log_to_driver=False)  # the workers write the run's log themselves
+        # Ray stops jobs with SIGTERM, but Ray Train tidies up (it would leave an actor) on SIGINT only.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     storage = spec.directory / "ray_train"
     trainer = TorchTrainer(
         _worker,
