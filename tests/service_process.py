@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,4 +102,6 @@ class ServiceProcess:
         self.openai.close()
         if self.process.poll() is None:
             self.stop()
-        LocalHead(self.data_dir / "ray").stop()
+        head = LocalHead(self.data_dir / "ray")
+        head.stop()
+        shutil.rmtree(head.private_dir, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -29,13 +30,17 @@ def test_the_walk_through_is_the_script() -> None:
     assert script in blocks("bash")
 
 
+@pytest.mark.timeout(600)
 def test_the_walk_through_and_the_python_example_run_as_written(tmp_path: Path) -> None:
-    # A tiny model with as many layers as the real one, under its name.
+    # A tiny model with as many layers as the real one, under its name; a part of the data, under its name.
+    data = tmp_path / "examples" / "data" / "bookings_train.json"
+    data.parent.mkdir(parents=True)
+    data.write_text(json.dumps(json.loads((ROOT / "examples/data/bookings_train.json").read_text())[:40]))
     save_tiny_model(tmp_path / "data" / "models" / MODEL, num_hidden_layers=30)
     with closing(ServiceProcess(tmp_path, ray=True)) as service:
         script = subprocess.run(
-            ["bash", "examples/walkthrough.sh"],
-            cwd=ROOT, env=os.environ | {"URL": service.url}, capture_output=True, text=True, timeout=280,
+            ["bash", ROOT / "examples" / "walkthrough.sh"],
+            cwd=tmp_path, env=os.environ | {"URL": service.url}, capture_output=True, text=True, timeout=540,
         )  # fmt: skip
         assert script.returncode == 0, script.stdout[-3000:] + script.stderr[-3000:] + service.log[-3000:]
         assert '"adapter_version":"half"' in script.stdout
@@ -43,7 +48,11 @@ def test_the_walk_through_and_the_python_example_run_as_written(tmp_path: Path) 
         (example,) = blocks("python")
         code = example.replace("http://127.0.0.1:8015", service.url)
         python = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+            [sys.executable, "-W", "error", "-c", code],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert python.stdout.startswith("ft-job-"), python.stderr
 

@@ -11,7 +11,18 @@ import peft
 import pytest
 import torch
 from fixtures_models import save_tiny_model
-from fixtures_service import MODEL, at_step, create, job, output_of, processes_end, succeeded, upload
+from fixtures_service import (
+    MODEL,
+    at_step,
+    create,
+    job,
+    local_head,
+    output_of,
+    processes_end,
+    succeeded,
+    trainers,
+    upload,
+)
 from service_process import ServiceProcess
 from transformers import AutoModelForCausalLM
 
@@ -109,6 +120,7 @@ def test_an_extracted_sub_adapter_and_its_merged_model_compute_the_same(
 def test_a_cancelled_job_stops_and_stays_cancelled(ray_server: ServiceProcess) -> None:
     job_id = create(ray_server, upload(ray_server), Training={"epochs": 5000})
     at_step(ray_server, job_id, 1)
+    assert trainers(local_head(ray_server), job_id)
     assert ray_server.openai.fine_tuning.jobs.cancel(job_id).status == "cancelled"
     processes_end(ray_server, job_id)
     assert job(ray_server, job_id)["status"] == "cancelled"

@@ -110,6 +110,21 @@ def test_a_killed_service_finds_its_jobs_and_its_ray_again(service: ServiceProce
     assert_every_line_is_one_event(service, running)
 
 
+def test_a_service_killed_at_any_moment_of_a_jobs_beginning_brings_it_to_its_end(
+    service: ServiceProcess,
+) -> None:
+    file_id = upload(service)
+    jobs = []
+    for seconds in (0, 0.1, 0.4):
+        jobs.append(create(service, file_id, Training={"max_train_steps": 5}))
+        time.sleep(seconds)
+        service.kill()
+        service.start()
+    for job_id in jobs:
+        succeeded(service, job_id)
+        assert_every_line_is_one_event(service, job_id)
+
+
 def test_a_killed_worker_costs_the_steps_since_the_checkpoint(
     service: ServiceProcess, running: str, undisturbed: Run
 ) -> None:

@@ -16,6 +16,9 @@ from comps.tuning.errors import ModelError
 from comps.tuning.export.files import has_tokenizer
 from comps.tuning.spec import ModelSpec
 
+# Bars that redraw themselves fill a log with control characters.
+transformers.utils.logging.disable_progress_bar()
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
