@@ -147,11 +147,12 @@ def test_a_killed_service_and_a_killed_ray_cost_the_steps_since_the_checkpoint(
     assert_resumed_exactly(service, running, undisturbed)
 
 
-def test_a_killed_ray_is_replaced_while_the_service_runs(service: ServiceProcess, running: str) -> None:
+def test_a_killed_ray_is_replaced_while_the_service_runs(service: ServiceProcess) -> None:
     head = local_head(service)
     address = head.find()
+    job_id = create(service, upload(service), Training={"max_train_steps": 5})
     kill_all(head)
-    succeeded(service, running)
+    succeeded(service, job_id)
     assert head.find() not in (None, address)
 
 
