@@ -198,7 +198,7 @@ def test_the_operators_secrets_are_not_in_the_environment_of_a_head(
 
 def test_a_record_of_a_head_whose_process_id_is_another_ones_now_is_not_believed(tmp_path: Path) -> None:
     head = LocalHead(tmp_path / "ray")
-    record = {"pid": os.getpid(), "created": 1.0, "dashboard": "http://127.0.0.1:1"}
+    record = {"pid": os.getpid(), "dashboard": "http://127.0.0.1:1"}
     (head.directory / "head.json").write_text(json.dumps(record))
     assert not head.alive()
     head.stop()  # and this process lives on

@@ -75,8 +75,13 @@ class LocalHead:
 
     def find(self) -> str | None:
         """The dashboard's address of a head that an earlier service started and that still runs."""
-        record = self._read_record()
-        return record["dashboard"] if record and self._runs(record) else None
+        if not self._record.exists():
+            return None
+        record: dict[str, Any] = json.loads(self._record.read_text())
+        with contextlib.suppress(psutil.Error):  # there is none, or it is another user's
+            if self._owns(psutil.Process(record["pid"])):
+                return str(record["dashboard"])
+        return None
 
     def alive(self) -> bool:
         """Whether the head's first process runs; it ends when any other of the head's does."""
@@ -106,9 +111,7 @@ class LocalHead:
                 start_new_session=True,
             )  # fmt: skip
         address = f"http://127.0.0.1:{dashboard}"
-        pid = self._child.pid
-        created = psutil.Process(pid).create_time()
-        write_json(self._record, {"pid": pid, "created": created, "dashboard": address})
+        write_json(self._record, {"pid": self._child.pid, "dashboard": address})
         return address
 
     def stop(self, grace: float = 2) -> None:
@@ -132,11 +135,14 @@ class LocalHead:
         """All processes of the head, also those of its jobs, also when its first one is gone."""
         members = []
         for process in psutil.process_iter():
-            # Gone meanwhile, or another user's.
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == str(self.directory):
+            with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
+                if self._owns(process):
                     members.append(process)
         return members
+
+    def _owns(self, process: psutil.Process) -> bool:
+        mark: str | None = process.environ().get(MARK)
+        return mark == str(self.directory)
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)}
@@ -170,18 +176,3 @@ class LocalHead:
         for old in sorted(sessions)[:-1]:
             shutil.rmtree(old)
         return self.private_dir / "s"
-
-    def _read_record(self) -> dict[str, Any] | None:
-        if not self._record.exists():
-            return None
-        record: dict[str, Any] = json.loads(self._record.read_text())
-        return record
-
-    def _runs(self, record: dict[str, Any]) -> bool:
-        """Whether the head's first process runs, and its id does not belong to another one by now."""
-        try:
-            process = psutil.Process(record["pid"])
-            same = abs(process.create_time() - record["created"]) < 1
-            return bool(same and process.status() != psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return False

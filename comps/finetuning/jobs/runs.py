@@ -92,7 +92,7 @@ class Runs:
             await self._cluster.submit(submission, path, env, job.id, cores=single.cores, gpus=single.gpus)
         except ClusterUnavailable as error:
             reason = f"Ray did not take the job, it is tried again: {error}"
-            await self.change(job.id, lambda s, row: transition(s, row, "queued", reason, cpus=None))
+            await self.change(job.id, lambda session, row: _queue_again(session, row, reason))
             self._pauses[job.id] = (time.monotonic() + pause, min(2 * pause, self.longest_pause))
             raise
         self._pauses.pop(job.id, None)
@@ -178,7 +178,7 @@ class Runs:
         message = f"{what[0].upper()}{what[1:]} without a result; it is started again"
         if job.kind == "fine_tuning":
             message += " from its newest good checkpoint"
-        transition(session, job, "queued", message, cpus=None)
+        _queue_again(session, job, message)
 
     # -- end ------------------------------------------------------------------------------------------
 
@@ -218,9 +218,13 @@ class Runs:
             if (result := await self._catch_up(job)) is not None:
                 await self._finish(job, result)
             else:
-                await self.change(job.id, lambda s, row: transition(s, row, "queued", message, cpus=None))
+                await self.change(job.id, lambda session, row: _queue_again(session, row, message))
 
     async def _lives(self, job: JobRow) -> bool:
         """Whether Ray has processes of the job's newest attempt."""
         status = await self._cluster.job_status(job.submission_id) if job.submission_id else None
         return status in _ALIVE
+
+
+def _queue_again(session: Session, job: JobRow, message: str) -> None:
+    transition(session, job, "queued", message, cpus=None, estimated_finish=None)

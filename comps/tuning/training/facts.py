@@ -44,9 +44,10 @@ def optional_stack() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Cores, threads and the instruction sets that matter."""
+    """Where the run is, its cores and threads, and the instruction sets that matter."""
     return {
         "host": platform.node(),
+        "pid": os.getpid(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
