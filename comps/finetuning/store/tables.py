@@ -102,6 +102,13 @@ class JobRow(Base):
     submission_id: Mapped[str | None]
     stopped: Mapped[bool] = mapped_column(default=False)  # an ended job's processes are known to be gone
     events_offset: Mapped[int] = mapped_column(default=0)  # bytes of events.jsonl already in the table
+    run_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")  # of attempts that ended
+    attempt_started_at: Mapped[float | None]  # of the attempt that runs now
+
+    # What the request sets for this job, where it does not want the service's own rule.
+    time_limit: Mapped[float | None]  # seconds of running, over all attempts
+    retry_limit: Mapped[int | None]  # deaths in a row, without a new checkpoint, after which it fails
+    secret: Mapped[str | None]  # the request's Hugging Face token, encrypted; gone when the job has ended
 
     __table_args__ = (Index("jobs_by_status", "status", "priority", "sequence"),)
 
@@ -157,3 +164,44 @@ class ModelRow(Base):
     base_model: Mapped[str | None]
     job_id: Mapped[str | None]
     details: Mapped[dict[str, Any]] = mapped_column(default=dict)
+
+
+class UploadRow(Base):
+    """A file that arrives in parts; ``status`` is ``pending``, ``completed``, ``cancelled`` or ``expired``."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    bytes: Mapped[int]  # as announced; the parts must add up to it
+    mime_type: Mapped[str]
+    status: Mapped[str] = mapped_column(default="pending")
+    created_at: Mapped[float] = mapped_column(default=time.time)
+    expires_at: Mapped[float]
+    file_lifetime: Mapped[float | None]  # seconds that the file will be kept, if not for ever
+    file_id: Mapped[str | None]  # the file that was made of it
+    owner: Mapped[str | None]
+
+
+class PartRow(Base):
+    """One part of an upload; its bytes are a blob of the part's id until the upload ends."""
+
+    __tablename__ = "upload_parts"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"), index=True)
+    bytes: Mapped[int]
+    created_at: Mapped[float] = mapped_column(default=time.time)
+
+
+class IdempotencyRow(Base):
+    """A POST that was carried out under an ``Idempotency-Key``, written in the transaction of what it made."""
+
+    __tablename__ = "idempotency_keys"
+
+    owner: Mapped[str] = mapped_column(primary_key=True)  # empty when the service has no keys
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request: Mapped[str]  # SHA-256 of method, path and body
+    answer: Mapped[dict[str, Any]]
+    created_at: Mapped[float] = mapped_column(default=time.time)
