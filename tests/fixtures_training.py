@@ -94,8 +94,9 @@ def run(spec: TrainSpec) -> Run:
     return Run(spec.directory, train(spec))
 
 
-def assert_same_weights(one: Run, other: Run) -> None:
-    """Bit by bit."""
+def assert_same_weights(one: Run, other: Run, tolerance: float = 0) -> None:
+    """Bit by bit, or as far apart as ``tolerance``."""
     ours, theirs = one.weights, other.weights
     assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    same = (lambda a, b: torch.allclose(a, b, rtol=0, atol=tolerance)) if tolerance else torch.equal
+    assert [name for name in ours if not same(ours[name], theirs[name])] == []

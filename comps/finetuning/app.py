@@ -74,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
         with only_service(settings.data_dir):
             await asyncio.to_thread(database.migrate)
             await asyncio.to_thread(tidy, settings, database, blobs)
-            secrets = Secrets(settings.hf_token)
+            secrets = Secrets(settings.data_dir / "secrets.key", settings.hf_token)
             cluster = Cluster(settings)
             dispatcher = Dispatcher(database, settings, cluster, secrets)
             app.state.secrets, app.state.cluster, app.state.dispatcher = secrets, cluster, dispatcher

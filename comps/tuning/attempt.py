@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from comps.tuning import outcome, rundir
+from comps.tuning.sealed import unseal_environment
 
 # An older attempt whose machine or Ray is lost ends by itself within seconds (seconds).
 PATIENCE = 60.0
@@ -62,6 +63,7 @@ def carry_out(
     """
     with alone(directory) if rank == 0 else nullcontext():
         try:
+            unseal_environment()
             result = work()
         except Exception as error:
             # Among several workers a RuntimeError is often only the echo of another one's death (gloo's

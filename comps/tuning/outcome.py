@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 from typing import Any
 
 from comps.tuning import rundir
 from comps.tuning.errors import ResourceError, TuningError
+from comps.tuning.failpoints import failpoint
 
 
 def succeeded(directory: Path, result: dict[str, Any]) -> None:
     """Record success with what the run gave (at least ``path``)."""
+    failpoint("result-unwritten")
     rundir.write_json(directory / rundir.RESULT, {"outcome": "succeeded", **result})
 
 
@@ -32,7 +33,7 @@ def _facts(error: Exception) -> dict[str, Any]:
         message = (
             "there is not enough memory; use a smaller batch_size or max_length, or gradient checkpointing"
         )
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    elif isinstance(error, OSError) and rundir.disk_is_full(error):
         code, message = ResourceError.code, "the disk is full"
     else:
         code, message = "server_error", f"unexpected {type(error).__name__}: {error}".strip()

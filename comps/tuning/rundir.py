@@ -18,6 +18,7 @@ Needs no torch: the service reads these files too.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from comps.tuning.failpoints import failpoint
 
 SPEC = "spec.json"
 EVENTS = "events.jsonl"
@@ -37,6 +40,11 @@ REPORTS = "reports"
 SCRATCH = "scratch"
 LOCK = ".lock"
 CHECKPOINT_PREFIX = "checkpoint-"
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether ``error`` is the operating system's word for a full disk, or a spent quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def fsync_path(path: Path) -> None:
@@ -94,6 +102,7 @@ def new_directory(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        failpoint("directory-filled")
         publish_directory(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = ("torch", "transformers", "peft", "datasets", "accelerate")
-HEAVY = (*TENSORS, "ray", "numpy", "pandas", "pyarrow", "huggingface_hub", "aiohttp", "alembic")
+HEAVY = (
+    *TENSORS,
+    "ray",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "huggingface_hub",
+    "aiohttp",
+    "alembic",
+    "cryptography",
+)
 
 
 def imports(folder: str) -> Iterator[tuple[Path, str]]:

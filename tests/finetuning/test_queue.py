@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import stat
 import subprocess
+import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,12 +23,15 @@ from fixtures_service import (
     job,
     local_head,
     messages,
+    processes_end,
     succeeded,
     trainers,
     upload,
     wait,
 )
 from service_process import ServiceProcess
+
+from comps.tuning import sealed
 
 CANARY = "hf_canary_0123456789abcdef"
 
@@ -33,7 +40,7 @@ CANARY = "hf_canary_0123456789abcdef"
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     directory = tmp_path_factory.mktemp("queue")
     save_tiny_model(directory / "data" / "models" / MODEL)
-    with closing(ServiceProcess(directory, ray=True, FINETUNING_MAX_ATTEMPTS="1")) as service:
+    with closing(ServiceProcess(directory, ray=True)) as service:
         yield service
 
 
@@ -51,37 +58,70 @@ def test_a_job_that_asks_for_more_cores_than_there_are_fails_with_a_sentence(
     )
 
 
-def test_jobs_that_want_all_cores_run_one_after_the_other_and_the_token_stays_with_its_job(
-    service: ServiceProcess,
-) -> None:
+def moment(service: ServiceProcess, job_id: str, status: str) -> float:
+    """When the job came into ``status``."""
+    return next(
+        event["created_at"] for event in events(service, job_id) if event["data"].get("status") == status
+    )
+
+
+def test_jobs_that_want_all_cores_run_one_after_the_other_by_priority(service: ServiceProcess) -> None:
     file_id = upload(service)
     all_cores = {"resources_per_worker": {"CPU": psutil.cpu_count()}, "max_train_steps": 10}
-    first, second = (
-        create(
-            service,
-            file_id,
-            Training=all_cores,
-            **({"General": {"config": {"token": CANARY}}} if token else {}),
-        )
-        for token in (True, False)
+    first, last, second = (
+        create(service, file_id, Training=all_cores, priority=priority) for priority in (0, 0, 5)
     )
     at_step(service, first, 1)
-    assert job(service, second)["status"] == "queued"
-    (worker,) = trainers(local_head(service), first)
-    assert worker.environ()["HF_TOKEN"] == CANARY
-    listing = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True)
-    assert CANARY not in listing.stdout
+    assert [job(service, each)["status"] for each in (second, last)] == ["queued", "queued"]
+    assert job(service, second)["priority"] == 5
+    succeeded(service, last)
+    assert moment(service, second, "running") >= moment(service, first, "succeeded")
+    assert moment(service, last, "running") >= moment(service, second, "succeeded")
 
-    succeeded(service, second)
-    ended = next(event for event in events(service, first) if event["data"].get("status") == "succeeded")
-    began = next(event for event in events(service, second) if event["data"].get("status") == "running")
-    assert began["created_at"] >= ended["created_at"]
 
-    assert CANARY not in json.dumps([job(service, first), *events(service, first)])
+def everything_seen(stop: threading.Event, seen: set[str]) -> None:
+    """Gather the command lines of all processes, again and again, as anyone on the machine could."""
+    while not stop.is_set():
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                seen.add(" ".join(process.cmdline()))
+
+
+def test_a_token_reaches_its_job_and_nobody_else(service: ServiceProcess) -> None:
+    stop, command_lines = threading.Event(), set[str]()
+    watcher = threading.Thread(target=everything_seen, args=(stop, command_lines))
+    watcher.start()
+    body = {"Training": {"max_train_steps": 200}, "General": {"config": {"token": CANARY}}}
+    job_id = create(service, upload(service), **body)
+    at_step(service, job_id, 1)
+    stop.set()
+    watcher.join()
+    assert any(job_id in each for each in command_lines), "the watcher has seen the run begin"
+    assert not any(CANARY in each for each in command_lines)
+    for process in local_head(service).processes():
+        with suppress(psutil.Error):
+            assert CANARY not in process.environ().values()
+    (worker,) = trainers(local_head(service), job_id)
+    sealed_token, key = worker.environ()[sealed.SEALED], Path(worker.environ()[sealed.KEY_FILE])
+    assert sealed.unseal(sealed_token, key) == CANARY
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+    service.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel").raise_for_status()
+    assert CANARY not in json.dumps([job(service, job_id), *events(service, job_id)])
     assert CANARY not in service.log
     private = local_head(service).directory, local_head(service).private_dir, service.data_dir
     found = subprocess.run(["grep", "-rla", CANARY, *private], capture_output=True, text=True)
     assert found.stdout == ""
+    with closing(sqlite3.connect(service.data_dir / "finetuning.db")) as database:
+        assert database.execute("SELECT secret FROM jobs WHERE id = ?", (job_id,)).fetchone() == (None,)
+
+
+def test_a_job_that_runs_for_too_long_fails_and_its_processes_end(service: ServiceProcess) -> None:
+    job_id = create(service, upload(service), Training={"epochs": 500}, time_limit=0.5)
+    failed = wait(service, job_id)
+    assert failed["error"]["code"] == "time_limit_exceeded"
+    assert "longer than its time_limit of 0.5 seconds" in failed["error"]["message"]
+    processes_end(service, job_id)
 
 
 def test_a_data_set_that_is_damaged_fails_its_job_with_a_sentence(service: ServiceProcess) -> None:
@@ -106,7 +146,8 @@ def test_an_error_of_the_run_itself_fails_the_job_at_once(service: ServiceProces
 
 
 def test_a_run_that_dies_too_often_fails_the_job_with_a_sentence(service: ServiceProcess) -> None:
-    job_id = create(service, upload(service), General={"save_strategy": "no"}, Training={"epochs": 500})
+    general = {"save_strategy": "no"}
+    job_id = create(service, upload(service), General=general, Training={"epochs": 500}, retry_limit=0)
     at_step(service, job_id, 1)
     (worker,) = trainers(local_head(service), job_id)
     worker.kill()

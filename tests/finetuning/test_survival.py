@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 
+import psutil
 import pytest
 from fixtures_models import save_tiny_model
 from fixtures_service import (
@@ -170,6 +171,45 @@ def test_a_stopped_service_saves_its_jobs_and_leaves_no_process(
     ((checkpoint, _),) = resumed_steps(service, running)
     assert stopped["message"].endswith(f" {checkpoint}"), "it goes on with the very next step"
     assert_resumed_exactly(service, running, undisturbed)
+
+
+def test_a_paused_job_leaves_its_cores_to_others_and_goes_on_to_the_same_weights(
+    service: ServiceProcess, running: str, undisturbed: Run
+) -> None:
+    paused = service.http.post(f"/v1/fine_tuning/jobs/{running}/pause").json()
+    assert (paused["status"], paused["estimated_finish"]) == ("paused", None)
+    all_cores = {"max_train_steps": 5, "resources_per_worker": {"CPU": psutil.cpu_count()}}
+    other = create(service, upload(service), Training=all_cores)
+    succeeded(service, other)
+    assert trainers(local_head(service), running) == []
+    left = next(text for text in messages(service, running) if text.startswith("The run has saved and left"))
+    service.restart()
+    assert job(service, running)["status"] == "paused", "also after a restart"
+    again = service.openai.fine_tuning.jobs.pause(running)
+    assert again.status == "paused"
+    assert service.openai.fine_tuning.jobs.resume(running).status == "queued"
+    succeeded(service, running)
+    ((checkpoint, _),) = resumed_steps(service, running)
+    assert left.endswith(f" {checkpoint}")
+    assert_resumed_exactly(service, running, undisturbed)
+
+
+def test_one_of_two_workers_is_killed_and_the_weights_are_those_of_an_undisturbed_run(
+    service: ServiceProcess,
+) -> None:
+    training = TRAINING | {"batch_size": 4, "num_training_workers": 2, "max_train_steps": 100}
+    calm, disturbed = (create(service, upload(service), General=GENERAL, Training=training) for _ in range(2))
+    at_step(service, disturbed, 25)
+    workers = [each for each in local_head(service).processes() if "RayTrainWorker" in each.name()]
+    assert len(workers) == 2
+    workers[1].kill()
+    succeeded(service, disturbed)
+    ((checkpoint, first),) = resumed_steps(service, disturbed)
+    assert checkpoint >= 20
+    assert checkpoint < first <= checkpoint + 5
+    # The order in which two workers' gradients are added up is not fixed.
+    runs = [Run(directory_of(service, job_id)) for job_id in (disturbed, calm)]
+    assert_same_weights(*runs, tolerance=1e-5)
 
 
 def test_a_job_may_start_from_the_checkpoint_of_another(service: ServiceProcess) -> None:

@@ -107,6 +107,23 @@ def test_without_a_good_checkpoint_the_run_begins_anew(
     assert_same_weights(again, undisturbed)
 
 
+@pytest.mark.parametrize("steps", [4, 9])  # in the middle of an epoch, and at the end of one
+def test_a_run_that_died_after_its_last_step_trains_no_step_more(
+    spec: TrainSpec, tmp_path: Path, steps: int
+) -> None:
+    training = spec.training.model_copy(update={"max_train_steps": steps, "save_steps": 2})
+    spec = spec.model_copy(update={"training": training, "directory": tmp_path / "whole"})
+    whole = run(spec)
+    shutil.copytree(whole.output / f"checkpoint-{steps}", tmp_path / "again" / OUTPUT / f"checkpoint-{steps}")
+    again = run(spec.model_copy(update={"directory": tmp_path / "again"}))
+    assert again.losses == []
+    assert again.result is not None
+    assert whole.result is not None
+    same = ("steps", "trained_tokens", "train_loss", "valid_loss")
+    assert [again.result[name] for name in same] == [whole.result[name] for name in same]
+    assert_same_weights(again, whole)
+
+
 def test_another_runs_checkpoint_is_where_a_run_may_start(
     spec: TrainSpec, undisturbed: Run, tmp_path: Path
 ) -> None:

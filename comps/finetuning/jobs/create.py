@@ -76,29 +76,24 @@ def create_fine_tuning_job(
         warnings.append("General.output_dir is ignored; the answer's output_dir says where the output goes.")
     if request.integrations and spec.training.report_to != "wandb":
         warnings.append(f"integrations is not used: General.report_to is {spec.training.report_to}.")
+    token = request.General.config.token
     job = JobRow(
         id=job_id, kind="fine_tuning", status="validating_files", owner=owner, model=base_model.name,
         training_file=training_file.id, validation_file=validation_file.id if validation_file else None,
         suffix=request.suffix, seed=spec.training.seed, request=_without_secrets(request),
         spec=spec.model_dump(mode="json"), hyperparameters=values.answer(),
-        job_metadata=request.metadata or {}, warnings=warnings,
+        job_metadata=request.metadata or {}, warnings=warnings, priority=request.priority,
+        time_limit=request.time_limit, retry_limit=request.retry_limit,
+        secret=secrets.seal(token) if token else None,
     )  # fmt: skip
-    token = request.General.config.token
-    if token is not None:
-        # Before the row is there for the dispatcher to find.
-        secrets.keep(job_id, token)
-    try:
-        with database.session() as session:
-            # The file could have been deleted since; from here on the row protects it.
-            find_data_file(session, training_file.id, owner, "training_file")
-            session.add(job)
-            session.flush()
-            add_event(session, job, f"Created fine-tuning job: {job_id}")
-            for warning in warnings:
-                add_event(session, job, warning, level="warn")
-    except BaseException:
-        secrets.forget(job_id)
-        raise
+    with database.session() as session:
+        # The file could have been deleted since; from here on the row protects it.
+        find_data_file(session, training_file.id, owner, "training_file")
+        session.add(job)
+        session.flush()
+        add_event(session, job, f"Created fine-tuning job: {job_id}")
+        for warning in warnings:
+            add_event(session, job, warning, level="warn")
     return job
 
 

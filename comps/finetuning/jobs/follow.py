@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -73,16 +72,17 @@ def _record(session: Session, job: JobRow, offset: int, line: bytes) -> None:
         )
     )  # fmt: skip
     if kind in ("metrics", "progress"):
-        _progress(job, data)
+        _progress(job, data, created_at)
     elif kind == "checkpoint":
         _checkpoint(session, job, data, created_at)
 
 
-def _progress(job: JobRow, data: dict[str, Any]) -> None:
-    """``data`` has ``step``, ``total_steps`` and, once it is known, ``seconds_left``."""
+def _progress(job: JobRow, data: dict[str, Any], created_at: float) -> None:
+    """``data`` has ``step``, ``total_steps`` and, once it is known, ``seconds_left`` (from the event on)."""
     job.progress = {**job.progress, **data}
-    if (left := data.get("seconds_left")) is not None:
-        job.estimated_finish = time.time() + float(left)
+    # What is left of a paused job's last lines tells nothing about when it will end.
+    if (left := data.get("seconds_left")) is not None and job.status == "running":
+        job.estimated_finish = created_at + float(left)
     if (tokens := data.get("trained_tokens")) is not None:
         job.trained_tokens = int(tokens)
 

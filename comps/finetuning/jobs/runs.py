@@ -11,10 +11,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from comps.finetuning.cluster import Cluster, ClusterUnavailable
@@ -22,12 +23,13 @@ from comps.finetuning.jobs.finish import fail, finish
 from comps.finetuning.jobs.follow import follow, read_result
 from comps.finetuning.jobs.room import Demand
 from comps.finetuning.jobs.secrets import Secrets
-from comps.finetuning.jobs.states import IllegalMove, transition
+from comps.finetuning.jobs.states import add_event, transition
 from comps.finetuning.schemas.integrations import tracking_environment
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
-from comps.finetuning.store.tables import JobRow
+from comps.finetuning.store.tables import CheckpointRow, JobRow
 from comps.tuning import rundir
+from comps.tuning.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +49,21 @@ class Runs:
         self._asked: dict[str, float] = {}
         self._pauses: dict[str, tuple[float, float]] = {}  # job -> (end of the pause, its length)
 
-    async def change(self, job_id: str, change: Callable[[Session, JobRow], Any]) -> bool:
-        """Run ``change(session, row)`` in one transaction on a thread. Returns false when a client has
-        moved the job meanwhile (cancelled it): then the row stays as the client left it."""
+    async def change(self, job: JobRow, change: Callable[[Session, JobRow], Any]) -> bool:
+        """Run ``change(session, row)`` in one transaction on a thread, if the job is still in the state that
+        ``job`` was read in. Returns false when a client has moved it meanwhile (paused, cancelled, deleted):
+        then it stays as the client left it, and the next round sees that."""
 
-        def work() -> None:
+        def work() -> bool:
             with self._database.session() as session:
-                change(session, session.scalars(select(JobRow).filter_by(id=job_id).with_for_update()).one())
+                row = session.scalar(select(JobRow).filter_by(id=job.id).with_for_update())
+                if row is None or row.status != job.status:
+                    return False
+                change(session, row)
+            failpoint("change-committed")
+            return True
 
-        try:
-            await asyncio.to_thread(work)
-        except IllegalMove as move:
-            logger.info("%s", move)
-            return False
-        return True
+        return await asyncio.to_thread(work)
 
     # -- begin ----------------------------------------------------------------------------------------
 
@@ -73,18 +76,29 @@ class Runs:
         until, pause = self._pauses.get(job.id, (0.0, 1.0))
         if time.monotonic() < until:
             return
-        # An earlier attempt may live: its end was not seen, or a submission got through after all.
+        # An earlier attempt may live: it was paused and is saving, or its end was not seen, or a submission
+        # got through after all.
         if job.submission_id and await self._lives(job):
-            await self._cluster.stop_job(job.submission_id)
+            if not (self._directory(job) / rundir.STOP).exists():
+                await self._cluster.stop_job(job.submission_id)
             return
-        path = await asyncio.to_thread(self._write_spec, job, wanted)
+        try:
+            path = await asyncio.to_thread(self._write_spec, job, wanted)
+        except OSError as error:
+            if not rundir.disk_is_full(error):
+                raise
+            reason = "the service's disk is full; free some space and create the job again"
+            await self.change(job, partial(fail, message=reason, code="insufficient_resources"))
+            return
+        failpoint("spec-written")
         attempt = job.attempt + 1
         submission = job.id if attempt == 1 else f"{job.id}-attempt-{attempt}"
         message = "The job is starting" if attempt == 1 else f"Attempt {attempt} is starting"
         changes = {"attempt": attempt, "submission_id": submission, "stopped": False}
         changes["cpus"] = wanted.workers * wanted.cores if wanted else None
-        if not await self.change(job.id, lambda s, row: transition(s, row, "running", message, **changes)):
+        if not await self.change(job, lambda s, row: transition(s, row, "running", message, **changes)):
             return
+        job.status = "running"
         # A single worker trains in the run's first process, several get one each from Ray Train.
         single = wanted if wanted and wanted.workers == 1 else Demand(0, 0)
         env = self._environment(job)
@@ -92,14 +106,16 @@ class Runs:
             await self._cluster.submit(submission, path, env, job.id, cores=single.cores, gpus=single.gpus)
         except ClusterUnavailable as error:
             reason = f"Ray did not take the job, it is tried again: {error}"
-            await self.change(job.id, lambda session, row: _queue_again(session, row, reason))
+            await self.change(job, lambda session, row: _queue_again(session, row, reason))
             self._pauses[job.id] = (time.monotonic() + pause, min(2 * pause, self.longest_pause))
             raise
+        failpoint("submitted")
         self._pauses.pop(job.id, None)
         self._asked[job.id] = time.monotonic()
 
     def _write_spec(self, job: JobRow, wanted: Demand | None) -> Path:
         directory = self._directory(job)
+        failpoint("spec-unwritten")
         directory.mkdir(parents=True, exist_ok=True)
         (directory / rundir.STOP).unlink(missing_ok=True)
         spec = dict(job.spec)
@@ -110,8 +126,7 @@ class Runs:
 
     def _environment(self, job: JobRow) -> dict[str, str]:
         env = tracking_environment(job.request.get("integrations"))
-        if token := self._secrets.token(job.id):
-            env["HF_TOKEN"] = token
+        env |= self._secrets.environment(job)
         if self._settings.hf_hub_offline:
             env["HF_HUB_OFFLINE"] = "1"
         return env
@@ -124,22 +139,35 @@ class Runs:
     async def attend(self, job: JobRow) -> bool:
         """Follow a running job's events; finish it when its result is there; queue it when it died.
 
-        Returns whether it has left its cores.
+        The same for a job that was paused while it ran: its run is asked to save and leave, and may yet
+        finish instead. Returns whether it has left its cores.
         """
+        pausing = job.status == "paused"
+        if pausing:
+            await asyncio.to_thread(self._ask_to_stop, job)
         result = await self._catch_up(job)
-        died, status = False, None
+        gone, status = False, None
         now = time.monotonic()
         if result is None and self._cluster.ready and now - self._asked.get(job.id, 0) >= self.ask_interval:
             self._asked[job.id] = now
             status = await self._cluster.job_status(job.submission_id or job.id)
             if status not in _ALIVE:
                 result = await self._catch_up(job)  # all that it has written before its end is there now
-                died = result is None
+                gone = result is None
         if result is not None:
             await self._finish(job, result)
-        elif died:
-            await self.change(job.id, lambda session, row: self._died(session, row, status))
-        return died or result is not None
+        elif pausing and status == "PENDING":  # it has not begun, so there is nothing to save
+            await self._cluster.stop_job(job.submission_id or job.id)
+        elif gone and pausing:
+            await self.change(job, _has_left)
+        elif gone:
+            await self.change(job, lambda session, row: self._died(session, row, status))
+        elif not pausing and job.time_limit is not None and _has_run(job) > job.time_limit:
+            await self.change(job, _out_of_time)
+        return gone or result is not None
+
+    def _ask_to_stop(self, job: JobRow) -> None:
+        (self._directory(job) / rundir.STOP).touch()
 
     async def _catch_up(self, job: JobRow) -> dict[str, Any] | None:
         """Turn the events written so far into rows. Returns the run's result if there is one; it is
@@ -162,13 +190,14 @@ class Runs:
             return follow(session, row, directory)
 
     async def _finish(self, job: JobRow, result: dict[str, Any]) -> None:
-        await self.change(job.id, lambda session, row: finish(session, row, result))
+        await self.change(job, lambda session, row: finish(session, row, result))
 
     def _died(self, session: Session, job: JobRow, status: str | None) -> None:
         """The run is gone and left no result: back to the queue, or failed after too many attempts."""
         job.failures += 1
         what = "Ray no longer knows the run" if status is None else f"the run's processes ended ({status})"
-        if job.failures >= self._settings.max_attempts:
+        allowed = self._settings.max_attempts if job.retry_limit is None else 1 + job.retry_limit
+        if job.failures >= allowed:
             fail(
                 session, job,
                 f"{what} without a result, {job.failures} time(s) in a row without a new checkpoint; "
@@ -195,18 +224,18 @@ class Runs:
         def change(session: Session, row: JobRow) -> None:
             row.stopped = True
 
-        await self.change(job.id, change)
-        self._secrets.forget(job.id)
+        await self.change(job, change)
         self._asked.pop(job.id, None)
 
     async def stop(self, jobs: list[JobRow]) -> None:
-        """Have running jobs save and leave, since their Ray is about to be stopped, and queue them.
+        """Have running jobs save and leave, since their Ray is about to be stopped, and queue them (paused
+        ones stay paused).
 
         Those that end now are finished; those that have not begun to train, or take too long, lose what
         came after their newest checkpoint.
         """
         for job in jobs:
-            await asyncio.to_thread((self._directory(job) / rundir.STOP).touch)
+            await asyncio.to_thread(self._ask_to_stop, job)
         deadline = time.monotonic() + self.stop_grace
         training = [job for job in jobs if "step" in job.progress]
         with contextlib.suppress(ClusterUnavailable):
@@ -217,8 +246,8 @@ class Runs:
         for job in jobs:
             if (result := await self._catch_up(job)) is not None:
                 await self._finish(job, result)
-            else:
-                await self.change(job.id, lambda session, row: _queue_again(session, row, message))
+            elif job.status == "running":
+                await self.change(job, lambda session, row: _queue_again(session, row, message))
 
     async def _lives(self, job: JobRow) -> bool:
         """Whether Ray has processes of the job's newest attempt."""
@@ -227,4 +256,23 @@ class Runs:
 
 
 def _queue_again(session: Session, job: JobRow, message: str) -> None:
-    transition(session, job, "queued", message, cpus=None, estimated_finish=None)
+    transition(session, job, "queued", message, cpus=None)
+
+
+def _has_left(session: Session, job: JobRow) -> None:
+    """A paused job's run is gone."""
+    job.stopped, job.cpus = True, None
+    at = f" after step {job.progress['step']}" if "step" in job.progress else ""
+    add_event(session, job, f"The run has saved and left its cores{at}")
+
+
+def _has_run(job: JobRow) -> float:
+    """Seconds that a job has run, over all attempts."""
+    return job.run_seconds + (time.time() - job.attempt_started_at if job.attempt_started_at else 0)
+
+
+def _out_of_time(session: Session, job: JobRow) -> None:
+    newest = session.scalar(select(func.max(CheckpointRow.step)).filter_by(job_id=job.id))
+    then = f"its checkpoint of step {newest} can be trained on" if newest else "it has no checkpoint"
+    message = f"it has run for longer than its time_limit of {job.time_limit:g} seconds; {then}"
+    fail(session, job, message, code="time_limit_exceeded", param="time_limit")

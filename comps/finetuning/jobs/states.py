@@ -3,9 +3,11 @@
 ::
 
     validating_files -> queued -> running -> succeeded | failed | cancelled
-                          ^ |       |
-                          | +-------+--> paused -> queued
-                          +-- (a run that died goes back to the queue to be resumed)
+                          ^         |
+                          +---------+  (a run that died goes back to the queue to be resumed)
+
+Each of the first three may be paused. A paused job goes back to the queue (to its validation, if it never
+ran); it ends by itself only when its run was so near its end that there was nothing left to pause.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any, Literal, get_args
 from sqlalchemy.orm import Session
 
 from comps.finetuning.store.tables import EventRow, JobRow, new_id
+from comps.tuning.failpoints import failpoint
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
@@ -23,10 +26,10 @@ TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 ACTIVE: frozenset[Status] = frozenset(get_args(Status)) - TERMINAL
 
 MOVES: dict[Status, frozenset[Status]] = {
-    "validating_files": frozenset({"queued", "failed", "cancelled"}),
+    "validating_files": frozenset({"queued", "paused", "failed", "cancelled"}),
     "queued": frozenset({"running", "paused", "failed", "cancelled"}),
     "running": frozenset({"queued", "paused", "succeeded", "failed", "cancelled"}),
-    "paused": frozenset({"queued", "cancelled"}),
+    "paused": frozenset({"validating_files", "queued", "succeeded", "failed", "cancelled"}),
     "succeeded": frozenset(),
     "failed": frozenset(),
     "cancelled": frozenset(),
@@ -66,14 +69,24 @@ def transition(session: Session, job: JobRow, to: Status, message: str, **change
         raise IllegalMove(job.id, current, to)
     now = time.time()
     job.status = to
-    if to == "running" and job.started_at is None:
-        job.started_at = now
+    job.estimated_finish = None
+    if to == "running":
+        job.started_at = job.started_at or now
+        job.attempt_started_at = now
+    elif job.attempt_started_at is not None:
+        job.run_seconds += now - job.attempt_started_at
+        job.attempt_started_at = None
     if to in TERMINAL:
         job.finished_at = now
-        job.estimated_finish = None
+        job.secret = None
+    failpoint("transition-made")
+    session.flush()
+    failpoint("transition-flushed")
     for column, value in changes.items():
         if column not in JobRow.__mapper__.columns:
             raise AttributeError(f"jobs have no column {column!r}")
         setattr(job, column, value)
     level = "error" if to == "failed" else "info"
     add_event(session, job, message, level=level, status=to)
+    session.flush()
+    failpoint("transition-written")

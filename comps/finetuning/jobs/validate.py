@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from comps.cores.errors import ServiceError
 from comps.finetuning.catalog import check_on_hub
+from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.store.tables import JobRow
 from comps.tuning.data.records import validate_file
-from comps.tuning.errors import DataError
+from comps.tuning.errors import DataError, TuningError
 from comps.tuning.spec import TrainSpec
 
 
@@ -24,7 +25,7 @@ class Verdict:
     warnings: list[str] = field(default_factory=list)
 
 
-def validate(job: JobRow, token: str | None) -> Verdict:
+def validate(job: JobRow, secrets: Secrets) -> Verdict:
     """Read the job's data files from end to end, and ask the hub for a model that is not here.
 
     Blocking; memory stays bounded at any file size.
@@ -44,7 +45,9 @@ def validate(job: JobRow, token: str | None) -> Verdict:
             return Verdict((f"The file {name} was deleted before the job began.", code, param))
     if not spec.base_model.local:
         try:
-            check_on_hub(spec.base_model.path, token)
+            check_on_hub(spec.base_model.path, secrets.token(job))
+        except TuningError as error:  # the token cannot be opened
+            return Verdict((error.message, error.code, error.param))
         except ServiceError as error:
             return Verdict((error.message, error.code or "invalid_model", error.param))
     return Verdict(warnings=warnings)

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, list, retrieve, cancel."""
+"""Fine-tuning jobs: create, list, retrieve, cancel, pause, resume."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
 from sqlalchemy import ColumnElement, String, cast
-from sqlalchemy.orm import Session
 
-from comps.cores.errors import Conflict, InvalidRequest
+from comps.cores.errors import InvalidRequest
 from comps.finetuning.dependencies import (
     DatabaseDep,
     OwnerDep,
@@ -16,9 +15,9 @@ from comps.finetuning.dependencies import (
     SessionDep,
     SettingsDep,
 )
+from comps.finetuning.jobs import control
 from comps.finetuning.jobs.create import create_fine_tuning_job
 from comps.finetuning.jobs.find import find_job, visible_jobs
-from comps.finetuning.jobs.states import IllegalMove, transition
 from comps.finetuning.routes.pages import After, Limit, newest_first
 from comps.finetuning.schemas.job_object import FineTuningJob, JobList
 from comps.finetuning.schemas.jobs import JobId, JobRequest
@@ -86,7 +85,8 @@ def cancel_job_by_body(
     body: JobId, request: Request, owner: OwnerDep, settings: SettingsDep, session: SessionDep
 ) -> FineTuningJob:
     """Stop one job, as OPEA asks for it."""
-    job = _cancel(session, body.fine_tuning_job_id, owner)
+    job = control.cancel(session, find_job(session, body.fine_tuning_job_id, owner))
+    session.commit()
     request.app.state.dispatcher.wake()
     return FineTuningJob.of(job, settings, tuple(request_warnings(body)))
 
@@ -108,22 +108,37 @@ def cancel_job(
     session: SessionDep,
 ) -> FineTuningJob:
     """Stop one job. Cancelling it again changes nothing; a job that has ended otherwise stays as it is."""
-    job = _cancel(session, fine_tuning_job_id, owner)
+    job = control.cancel(session, find_job(session, fine_tuning_job_id, owner))
+    session.commit()
     request.app.state.dispatcher.wake()
     return FineTuningJob.of(job, settings)
 
 
-def _cancel(session: Session, job_id: str, owner: str | None) -> JobRow:
-    job = find_job(session, job_id, owner)
-    if job.status == "cancelled":
-        return job
-    try:
-        transition(session, job, "cancelled", "The job was cancelled")
-    except IllegalMove as move:
-        raise Conflict(
-            f"The job {job.id} has {move.current} and cannot be cancelled.",
-            param="fine_tuning_job_id",
-            code="job_has_ended",
-        ) from move
+@router.post("/fine_tuning/jobs/{fine_tuning_job_id}/pause")
+def pause_job(
+    fine_tuning_job_id: JobPath,
+    request: Request,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    session: SessionDep,
+) -> FineTuningJob:
+    """Have a job wait. A run saves a checkpoint after its present step and leaves its cores."""
+    job = control.pause(session, find_job(session, fine_tuning_job_id, owner))
     session.commit()
-    return job
+    request.app.state.dispatcher.wake()
+    return FineTuningJob.of(job, settings)
+
+
+@router.post("/fine_tuning/jobs/{fine_tuning_job_id}/resume")
+def resume_job(
+    fine_tuning_job_id: JobPath,
+    request: Request,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    session: SessionDep,
+) -> FineTuningJob:
+    """Have a paused job go on from its newest checkpoint, when its turn comes."""
+    job = control.resume(session, find_job(session, fine_tuning_job_id, owner))
+    session.commit()
+    request.app.state.dispatcher.wake()
+    return FineTuningJob.of(job, settings)

@@ -51,6 +51,9 @@ class FineTuningJob(BaseModel):
     fine_tuning_job_id: str
     suffix: str | None
     started_at: int | None
+    priority: int
+    time_limit: float | None
+    retry_limit: int | None
     output_dir: str
     progress: dict[str, Any]
     warnings: list[str]
@@ -79,6 +82,9 @@ class FineTuningJob(BaseModel):
             fine_tuning_job_id=row.id,
             suffix=row.suffix,
             started_at=whole(row.started_at),
+            priority=row.priority,
+            time_limit=row.time_limit,
+            retry_limit=row.retry_limit,
             output_dir=str(settings.jobs_dir / row.id / OUTPUT),
             progress=row.progress,
             warnings=[*row.warnings, *warnings],

@@ -46,6 +46,13 @@ class JobRequest(Tolerant):
     seed: Seed | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
+    priority: int = Field(0, ge=-100, le=100, description="Jobs of higher priority begin first")
+    time_limit: float | None = Field(
+        None, gt=0, le=10 * 365 * 86400, description="Seconds of running after which the job fails"
+    )
+    retry_limit: int | None = Field(
+        None, ge=0, le=1000, description="How often a run is started again that died without a new checkpoint"
+    )
 
     General: GeneralBlock = GeneralBlock()
     Dataset: DatasetBlock = DatasetBlock()

@@ -7,7 +7,6 @@ which :meth:`Blobs.tidy` puts aside at the next start.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -16,11 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from comps.cores.errors import InsufficientStorage, TooLarge
-from comps.tuning.rundir import fsync_path
+from comps.tuning.rundir import disk_is_full, fsync_path
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _TEMPORARY = ".incoming-"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -29,7 +27,7 @@ def full_disk_is_507() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if disk_is_full(error):
             raise InsufficientStorage("The service's disk is full; the upload was not kept.") from error
         raise
 

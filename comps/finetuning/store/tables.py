@@ -107,7 +107,7 @@ class JobRow(Base):
 
     # What the request sets for this job, where it does not want the service's own rule.
     time_limit: Mapped[float | None]  # seconds of running, over all attempts
-    retry_limit: Mapped[int | None]  # deaths in a row, without a new checkpoint, after which it fails
+    retry_limit: Mapped[int | None]  # further attempts after deaths in a row without a new checkpoint
     secret: Mapped[str | None]  # the request's Hugging Face token, encrypted; gone when the job has ended
 
     __table_args__ = (Index("jobs_by_status", "status", "priority", "sequence"),)
@@ -167,7 +167,7 @@ class ModelRow(Base):
 
 
 class UploadRow(Base):
-    """A file that arrives in parts; ``status`` is ``pending``, ``completed``, ``cancelled`` or ``expired``."""
+    """A file that comes in parts; ``status`` is ``pending``, ``completed``, ``cancelled`` or ``expired``."""
 
     __tablename__ = "uploads"
 
@@ -196,7 +196,7 @@ class PartRow(Base):
 
 
 class IdempotencyRow(Base):
-    """A POST that was carried out under an ``Idempotency-Key``, written in the transaction of what it made."""
+    """A POST carried out under an ``Idempotency-Key``, written in the transaction of what it made."""
 
     __tablename__ = "idempotency_keys"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from comps.tuning import rundir
 from comps.tuning.elastic.model import ElasticController
 from comps.tuning.elastic.sampler import sample
 from comps.tuning.training import checkpoints
+from comps.tuning.training.estimate import Estimate
 
 
 class RankSampler(TrainerCallback):  # type: ignore[misc]
@@ -50,34 +52,57 @@ class RankSampler(TrainerCallback):  # type: ignore[misc]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Rank 0's events: loss, rate, tokens and time left at every logging step; evaluations."""
+    """Rank 0's events: loss, rate, tokens and time left at every logging step; evaluations.
 
-    def __init__(self, events: rundir.EventWriter) -> None:
-        self._events = events
-        self._started = (0.0, 0)  # time and step at which this process began to train
+    ``work(steps)`` is what each of the first ``steps`` optimizer steps costs (see :class:`Estimate`).
+    """
+
+    def __init__(self, events: rundir.EventWriter, work: Callable[[int], list[int]]) -> None:
+        self._events, self._work = events, work
+        self._estimate: Estimate
+        self._began = 0.0  # when this process began to train
         self._tokens = 0
+        self._step_began = self._step_ended = 0.0
+        self._paused = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._started = (time.monotonic(), state.global_step)
+        self._estimate = Estimate(self._work(state.max_steps), _pause_every(args, state))
+        self._began, self._first = time.monotonic(), state.global_step + 1
         self._tokens = state.num_input_tokens_seen
         self._events.write(
             f"Training from step {state.global_step} to {state.max_steps}",
             type="progress", step=state.global_step, total_steps=state.max_steps,
         )  # fmt: skip
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._step_began = time.monotonic()
+        if self._paused:
+            self._estimate.pause_done(self._step_began - self._step_ended)
+            self._paused = False
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        began, first = self._started
-        if state.global_step == first + 1:
-            seconds = time.monotonic() - began
+        self._step_ended = time.monotonic()
+        self._estimate.step_done(state.global_step, self._step_ended - self._step_began)
+        if state.global_step == self._first:
             self._events.write(
-                f"First step done in {seconds:.1f} s",
+                f"First step done in {self._step_ended - self._began:.1f} s",
                 type="progress", step=state.global_step, total_steps=state.max_steps,
-                seconds_left=round(seconds * (state.max_steps - state.global_step), 1),
+                seconds_left=self._seconds_left(state),
             )  # fmt: skip
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self._paused = True
+
+    def _seconds_left(self, state: TrainerState) -> float | None:
+        pause = time.monotonic() - self._step_ended if self._paused else None
+        left = self._estimate.seconds_left(state.global_step, pause)
+        return None if left is None else round(left, 1)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -85,23 +110,33 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         if "eval_loss" in logs:
             loss = logs["eval_loss"]
+            self._paused = True
             self._events.write(
                 f"Step {state.global_step}: validation loss={loss:.4f}",
                 type="metrics", step=state.global_step, valid_loss=loss,
+                seconds_left=self._seconds_left(state),
             )  # fmt: skip
         elif "loss" in logs:
-            began, first = self._started
-            seconds, steps = time.monotonic() - began, state.global_step - first
-            left = seconds / steps * (state.max_steps - state.global_step)
-            tokens_per_second = (state.num_input_tokens_seen - self._tokens) / seconds
+            tokens_per_second = (state.num_input_tokens_seen - self._tokens) / (
+                time.monotonic() - self._began
+            )
+            left = self._seconds_left(state)
             self._events.write(
                 f"Step {state.global_step}/{state.max_steps}: training loss={logs['loss']:.4f}, "
-                f"{tokens_per_second:.0f} tokens/s, {left:.0f} s left",
+                f"{tokens_per_second:.0f} tokens/s, {left or 0:.0f} s left",
                 type="metrics", step=state.global_step, total_steps=state.max_steps, epoch=state.epoch,
                 train_loss=logs["loss"], learning_rate=logs["learning_rate"], grad_norm=logs.get("grad_norm"),
                 trained_tokens=state.num_input_tokens_seen, tokens_per_second=round(tokens_per_second, 1),
-                seconds_left=round(left, 1),
+                seconds_left=left,
             )  # fmt: skip
+
+
+def _pause_every(args: TrainingArguments, state: TrainerState) -> int:
+    """Optimizer steps between two validations or checkpoints; 0 when there are none."""
+    strategies = {args.save_strategy.value, args.eval_strategy.value}
+    if "steps" in strategies:
+        return int(args.save_steps)  # eval_steps is the same
+    return max(1, round(state.max_steps / state.num_train_epochs)) if "epoch" in strategies else 0
 
 
 class CheckpointPublisher(TrainerCallback):  # type: ignore[misc]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from comps.tuning import rundir
+from comps.tuning.failpoints import failpoint
 
 MANIFEST = "checkpoint.json"
 # What the Trainer writes beside the checkpoint proper: a pickle that nobody should be invited to load,
@@ -33,9 +34,12 @@ def publish(written: Path, output: Path, step: int, metrics: dict[str, Any]) -> 
         for path in sorted(written.rglob("*"))
         if path.is_file()
     }
+    failpoint("checkpoint-written")
     rundir.write_json(written / MANIFEST, {"step": step, "metrics": metrics, "files": files})
     final = output / f"{rundir.CHECKPOINT_PREFIX}{step}"
+    failpoint("manifest-written")
     rundir.publish_directory(written, final)
+    failpoint("checkpoint-published")
     return final
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed
-from transformers import set_seed
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import TrainerState, set_seed
 
 from comps.tuning import rundir
 from comps.tuning.data.collate import Collator
@@ -26,7 +28,7 @@ from comps.tuning.errors import TuningError
 from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.spec import TrainSpec
 from comps.tuning.training import checkpoints, facts
-from comps.tuning.training.arguments import training_arguments
+from comps.tuning.training.arguments import total_steps, training_arguments
 from comps.tuning.training.callbacks import (
     CheckpointPublisher,
     Progress,
@@ -97,9 +99,12 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
         callbacks=_callbacks(spec, controller, events, output),
     )
     if events:
+        for callback in (Progress(events, trainer.work), *trackers(spec)):
+            trainer.add_callback(callback)
         events.write(f"Set-up took {time.monotonic() - began:.1f} s; the first step follows")
     try:
-        trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if resume is None or not _restore_finished(trainer, resume, total_steps(spec, len(data.train))):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except Stopped:
         if events:
             events.write(f"Stopped on request after step {trainer.state.global_step}")
@@ -107,7 +112,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
 
     result = {
         "path": str(output),
-        "steps": trained.global_step,
+        "steps": trainer.state.global_step,
         "trained_tokens": int(trainer.state.num_input_tokens_seen),
         "train_loss": _last(trainer.state.log_history, "loss"),
         "valid_loss": _last(trainer.state.log_history, "eval_loss"),
@@ -117,8 +122,8 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
         write_output(spec, model, tokenizer, space, result)
         shutil.rmtree(scratch)
         events.write(
-            f"The adapter is written: {trained.global_step} steps in {result['seconds']} s",
-            type="progress", step=trained.global_step, seconds_left=0,
+            f"The adapter is written: {result['steps']} steps in {result['seconds']} s",
+            type="progress", step=result["steps"], seconds_left=0,
         )  # fmt: skip
     return result
 
@@ -133,8 +138,6 @@ def _callbacks(
     if controller is not None:
         per_micro_batch = spec.lora.sample_per == "micro_batch"
         callbacks.append(RankSampler(controller, spec.training.seed, per_micro_batch))
-    if events is not None:
-        callbacks += [Progress(events), *trackers(spec)]
     return callbacks
 
 
@@ -164,6 +167,20 @@ def _agreed(choice: Path | None, workers: int) -> Path | None:
     box = [choice]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _restore_finished(trainer: TuningTrainer, checkpoint: Path, steps: int) -> bool:
+    """Take weights and state from a checkpoint of the last step, if this is one: the run died between that
+    and its result. (The Trainer itself would train one step too many.)"""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < steps:
+        return False
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    found = set_peft_model_state_dict(trainer.model, weights)
+    if found.unexpected_keys:
+        raise TuningError(f"{checkpoint.name} has weights of another adapter: {found.unexpected_keys[:3]}")
+    trainer.state = state
+    return True
 
 
 def _report_data(events: rundir.EventWriter, data: TokenisedData, seconds: float) -> None:

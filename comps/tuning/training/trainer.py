@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from comps.tuning.data.batching import LengthGroupedSampler
 from comps.tuning.elastic.model import ElasticController
+from comps.tuning.training.estimate import step_work
 
 
 class RankBatches(Sampler[list[int]]):
@@ -24,20 +26,25 @@ class RankBatches(Sampler[list[int]]):
     """
 
     def __init__(self, order: LengthGroupedSampler, global_batch: int, rank: int, world: int) -> None:
-        self._order, self._size, self._rank, self._world = order, global_batch, rank, world
+        self._order, self._rank, self._world = order, rank, world
+        self.rows = global_batch
 
     def set_epoch(self, epoch: int) -> None:
         self._order.set_epoch(epoch)
 
+    def order(self) -> list[int]:
+        """All rows as they come in this epoch."""
+        return list(self._order)
+
     def __iter__(self) -> Iterator[list[int]]:
-        rows = list(self._order)
-        for start in range(0, len(rows), self._size):
-            batch = rows[start : start + self._size]
+        rows = self.order()
+        for start in range(0, len(rows), self.rows):
+            batch = rows[start : start + self.rows]
             if len(batch) >= self._world:
                 yield batch[self._rank :: self._world]
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self._order), self._size)
+        full, rest = divmod(len(self._order), self.rows)
         return full + (rest >= self._world)
 
 
@@ -69,6 +76,18 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         )
         self._batches = RankBatches(order, rows, args.process_index, args.world_size)
         self.add_callback(_EpochSetter(self._batches))
+
+    def work(self, steps: int) -> list[int]:
+        """Tokens, padding included, that each of the first ``steps`` optimizer steps computes on."""
+        rows = self._batches.rows * self.args.gradient_accumulation_steps
+        found: list[int] = []
+        for epoch in itertools.count():
+            self._batches.set_epoch(epoch)
+            found += step_work(
+                self.train_dataset.lengths, self._batches.order(), rows, self.data_collator.length or 0
+            )
+            if len(found) >= steps:
+                return found[:steps]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)

@@ -1,0 +1,71 @@
+"""The time left is told from a tenth of a run, on a clock of the test's own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from fixtures_models import save_tiny_model
+from fixtures_training import run, train_spec, write_records
+
+from comps.tuning.data.batching import LengthGroupedSampler
+from comps.tuning.training.estimate import Estimate, step_work
+
+
+def test_the_work_of_a_step_is_its_rows_padded_to_the_longest() -> None:
+    assert step_work([3, 5, 2, 9, 1], [0, 1, 2, 3, 4], 2) == [10, 18, 1]
+    assert step_work([3, 5, 2, 9, 1], [4, 3, 2, 1, 0], 2) == [18, 10, 3]
+    assert step_work([3, 5], [0, 1], 1, fixed_length=16) == [16, 16]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("overhead", [0.0, 0.05])
+def test_after_a_tenth_the_estimate_is_right_within_a_fifth(seed: int, overhead: float) -> None:
+    """Rows of very different lengths, steps that vary by a fifth besides, a slow first step, pauses."""
+    random.seed(seed)
+    lengths = [min(512, int(random.lognormvariate(4, 0.8))) for _ in range(800)]
+    work = step_work(lengths, list(LengthGroupedSampler(lengths, 8, seed)), 8)
+    seconds = [
+        (overhead + tokens * 1e-4) * random.uniform(0.8, 1.2) + (3 if step == 0 else 0)
+        for step, tokens in enumerate(work)
+    ]
+    pause_every, pause = 10, 0.4
+    pauses = [pause * random.uniform(0.8, 1.2) if (step + 1) % pause_every == 0 else 0 for step in range(100)]
+    estimate = Estimate(work, pause_every)
+    for step in range(1, 100):
+        estimate.step_done(step, seconds[step - 1])
+        if pauses[step - 1]:
+            estimate.pause_done(pauses[step - 1])
+        left = sum(seconds[step:]) + sum(pauses[step:])
+        if step >= 10:
+            # Towards the end the little that is left depends on a few steps: then it is right within a
+            # small part of the whole.
+            near = {"rel": 0.2} if step <= 50 else {"abs": 0.05 * (sum(seconds) + sum(pauses))}
+            assert estimate.seconds_left(step) == pytest.approx(left, **near)
+
+
+def test_nothing_is_told_before_anything_was_measured() -> None:
+    assert Estimate([1, 1, 1], 0).seconds_left(0) is None
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_counts_what_is_left_only() -> None:
+    estimate = Estimate([10] * 100, 0)
+    estimate.step_done(91, 5)
+    estimate.step_done(92, 1)
+    assert estimate.seconds_left(92) == pytest.approx(8)
+
+
+def test_a_run_knows_the_work_of_all_its_steps(tmp_path: Path) -> None:
+    """Several epochs, accumulation, a last step that is not full: as many as the Trainer makes."""
+    model = save_tiny_model(tmp_path / "model")
+    data = write_records(tmp_path / "records.json")
+    spec = train_spec(
+        tmp_path / "run", model, data, epochs=2, batch_size=3, gradient_accumulation_steps=2, save_steps=5
+    )
+    events = run(spec).events
+    progress = [each["data"] for each in events if "seconds_left" in each["data"]]
+    assert progress[-1]["seconds_left"] == 0
+    told = [each["seconds_left"] for each in progress if each["step"] > 1]
+    assert all(seconds is not None and seconds >= 0 for seconds in told)
+    assert max(each["step"] for each in progress) == 14
