@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from comps.tuning.data.batching import LengthGroupedSampler
 from comps.tuning.elastic.model import ElasticController
 from comps.tuning.training.estimate import step_work
+from comps.tuning.training.loss import keeps_positions, labelled_only, mean_loss
 
 
 class RankBatches(Sampler[list[int]]):
@@ -67,7 +68,8 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(self, *, controller: ElasticController | None, shuffle: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        self._labelled_only = keeps_positions(kwargs["model"].get_base_model())
+        super().__init__(compute_loss_func=mean_loss if self._labelled_only else None, **kwargs)
         self._controller = controller
         args = self.args
         rows = args.per_device_train_batch_size * args.world_size
@@ -91,6 +93,12 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, which it leaves the rest to."""
+        if self._labelled_only:
+            inputs = labelled_only(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The mean loss of one label token over the whole validation set, exact also for uneven batches
@@ -120,7 +128,7 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
             if tokens:
                 batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
                 with self.compute_loss_context_manager():
-                    loss = self.model(**batch).loss
+                    loss = self.compute_loss(self.model, batch)
                 sums += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
         self.model.train()
         if self.args.world_size > 1:
