@@ -70,6 +70,8 @@ def carry_out(
             # closed connection): then nothing is recorded, and the run is started again.
             if workers == 1 or not isinstance(error, RuntimeError):
                 outcome.failed(directory, error)
+            else:
+                outcome.suspect(directory, error)
             raise
         if rank == 0 and result is not None:
             outcome.succeeded(directory, result)

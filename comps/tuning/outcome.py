@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ def failed(directory: Path, error: Exception) -> None:
     A run that merely died (killed, lost its machine) must leave no result: then it is started again.
     """
     rundir.write_json(directory / rundir.RESULT, {"outcome": "failed", "error": _facts(error)})
+
+
+def suspect(directory: Path, error: Exception) -> None:
+    """Keep an attempt's first error, which may only be the echo of another worker's death, for the sentence
+    that the job ends with if all its attempts die."""
+    path = directory / rundir.SUSPECT
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+        file.write(f"{type(error).__name__}: {error}"[:2000])
 
 
 def _facts(error: Exception) -> dict[str, Any]:

@@ -7,6 +7,7 @@
       events.jsonl    one JSON object a line, appended by rank 0 and followed by the service
       log.txt         standard output and error of the run
       result.json     the end state, written last (atomically): its presence is the evidence
+      suspect.txt     the first error of an attempt of several workers that died
       stop            written by the service: save a checkpoint after this step and end without a result
       output/         what users get: the adapter, checkpoint-<step>/, <version>/, merged models
       reports/        what TensorBoard and other trackers write
@@ -34,6 +35,7 @@ SPEC = "spec.json"
 EVENTS = "events.jsonl"
 LOG = "log.txt"
 RESULT = "result.json"
+SUSPECT = "suspect.txt"
 STOP = "stop"
 OUTPUT = "output"
 REPORTS = "reports"

@@ -89,6 +89,9 @@ def test_a_closed_connection_among_several_workers_is_no_result(tmp_path: Path) 
     with pytest.raises(RuntimeError):
         carry_out(tmp_path, fails(RuntimeError("Connection closed by peer")), rank=1, workers=2)
     assert not (tmp_path / rundir.RESULT).exists()
+    with pytest.raises(RuntimeError):
+        carry_out(tmp_path, fails(RuntimeError("an echo")), rank=0, workers=2)
+    assert (tmp_path / rundir.SUSPECT).read_text() == "RuntimeError: Connection closed by peer"
     with pytest.raises(DataError):
         carry_out(tmp_path, fails(DataError("empty")), rank=1, workers=2)
     assert result(tmp_path)["error"]["message"] == "empty"

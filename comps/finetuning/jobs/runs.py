@@ -117,7 +117,8 @@ class Runs:
         directory = self._directory(job)
         failpoint("spec-unwritten")
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / rundir.STOP).unlink(missing_ok=True)
+        for left in (rundir.STOP, rundir.SUSPECT):
+            (directory / left).unlink(missing_ok=True)
         spec = dict(job.spec)
         if wanted:
             spec["resources"] = {**spec["resources"], "cpus": wanted.cores}
@@ -200,14 +201,20 @@ class Runs:
         if job.failures >= allowed:
             fail(
                 session, job,
-                f"{what} without a result, {job.failures} time(s) in a row without a new checkpoint; "
-                f"see GET /v1/fine_tuning/jobs/{job.id}/logs",
+                f"{what} without a result, {job.failures} time(s) in a row without a new checkpoint"
+                f"{self._suspected(job)}; see GET /v1/fine_tuning/jobs/{job.id}/logs",
             )  # fmt: skip
             return
         message = f"{what[0].upper()}{what[1:]} without a result; it is started again"
         if job.kind == "fine_tuning":
             message += " from its newest good checkpoint"
         _queue_again(session, job, message)
+
+    def _suspected(self, job: JobRow) -> str:
+        try:
+            return f" (its first error was {(self._directory(job) / rundir.SUSPECT).read_text()!r})"
+        except FileNotFoundError:
+            return ""
 
     # -- end ------------------------------------------------------------------------------------------
 
