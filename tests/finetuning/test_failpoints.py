@@ -52,6 +52,9 @@ class Failpoints:
         return {path.name for path in self.directory.iterdir()}
 
 
+pytestmark = pytest.mark.trust
+
+
 @pytest.fixture(scope="module")
 def failpoints(tmp_path_factory: pytest.TempPathFactory) -> Failpoints:
     return Failpoints(tmp_path_factory.mktemp("failpoints") / "armed")

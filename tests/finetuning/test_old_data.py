@@ -22,6 +22,9 @@ from service_process import ServiceProcess
 OLD = Path(__file__).with_name("old_data")
 
 
+pytestmark = pytest.mark.trust
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     directory = tmp_path_factory.mktemp("old")

@@ -269,8 +269,13 @@ def _queue_again(session: Session, job: JobRow, message: str) -> None:
 def _has_left(session: Session, job: JobRow) -> None:
     """A paused job's run is gone."""
     job.stopped, job.cpus = True, None
-    at = f" after step {job.progress['step']}" if "step" in job.progress else ""
-    add_event(session, job, f"The run has saved and left its cores{at}")
+    newest = _newest_checkpoint(session, job)
+    saved = f"it goes on after step {newest}" if newest else "it begins anew, since it had not trained yet"
+    add_event(session, job, f"The run has left its cores; when it is resumed, {saved}")
+
+
+def _newest_checkpoint(session: Session, job: JobRow) -> int | None:
+    return session.scalar(select(func.max(CheckpointRow.step)).filter_by(job_id=job.id))
 
 
 def _has_run(job: JobRow) -> float:
@@ -279,7 +284,7 @@ def _has_run(job: JobRow) -> float:
 
 
 def _out_of_time(session: Session, job: JobRow) -> None:
-    newest = session.scalar(select(func.max(CheckpointRow.step)).filter_by(job_id=job.id))
+    newest = _newest_checkpoint(session, job)
     then = f"its checkpoint of step {newest} can be trained on" if newest else "it has no checkpoint"
     message = f"it has run for longer than its time_limit of {job.time_limit:g} seconds; {then}"
     fail(session, job, message, code="time_limit_exceeded", param="time_limit")

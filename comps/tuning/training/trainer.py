@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,14 +81,14 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
     def work(self, steps: int) -> list[int]:
         """Tokens, padding included, that each of the first ``steps`` optimizer steps computes on."""
         rows = self._batches.rows * self.args.gradient_accumulation_steps
+        lengths, padded_to = self.train_dataset.lengths, self.data_collator.length or 0
         found: list[int] = []
-        for epoch in itertools.count():
+        epoch = 0
+        while len(found) < steps:
             self._batches.set_epoch(epoch)
-            found += step_work(
-                self.train_dataset.lengths, self._batches.order(), rows, self.data_collator.length or 0
-            )
-            if len(found) >= steps:
-                return found[:steps]
+            found += step_work(lengths, self._batches.order(), rows, padded_to)
+            epoch += 1
+        return found[:steps]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
