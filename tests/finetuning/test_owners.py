@@ -1,4 +1,4 @@
-"""With several API keys each key sees its own, and what is nobody's."""
+"""With several API keys each key sees its own, and what is nobody's; an operator's sees everything."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import CheckpointRow, EventRow, ModelRow
 
 BASE = "org/owners"
-MINE = hashlib.sha256(b"first").hexdigest()[:16]
+MINE, OPERATORS = (hashlib.sha256(key).hexdigest()[:16] for key in (b"first", b"operator"))
 JOBS = "/v1/fine_tuning/jobs"
+ROWS = '[{"instruction": "a", "output": "b"}]'
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     directory = tmp_path_factory.mktemp("service")
-    with closing(ServiceProcess(directory, FINETUNING_API_KEYS="first,second")) as service:
+    keys = {"FINETUNING_API_KEYS": "first,second", "FINETUNING_OPERATOR_KEYS": "operator"}
+    with closing(ServiceProcess(directory, **keys)) as service:
         save_tiny_model(service.models_dir / BASE)
         yield service
 
@@ -39,18 +41,18 @@ def things(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) ->
     base = service.models_dir / BASE
     database = Database(Settings(data_dir=service.data_dir).database_url)
 
-    def one_of_each(owner: str | None) -> dict[str, str]:
-        name = "mine" if owner else "shared"
+    def one_of_each(name: str, owner: str | None) -> dict[str, str]:
         job = succeeded_job(database, service.data_dir / "jobs", base, adapter, owner)
         file = add_file(database, f"{name}.json", owner)
-        (service.data_dir / "files" / file).write_text('[{"instruction": "a", "output": "b"}]')
+        (service.data_dir / "files" / file).write_text(ROWS)
         with database.session() as session:
             session.add(EventRow(id=f"ftevent-{name}", job_id=job, message=name))
             session.add(CheckpointRow(id=f"ftckpt-{name}", job_id=job, step=1, path=f"{name}-1"))
             session.add(ModelRow(id=name, kind="base", path=str(base), owner=owner, details={}))
         return {"job": job, "file": file, "name": name}
 
-    made = {"mine": one_of_each(MINE), "shared": one_of_each(None)}
+    owners = {"mine": MINE, "shared": None, "operators": OPERATORS}
+    made = {name: one_of_each(name, owner) for name, owner in owners.items()}
     database.dispose()
     return made
 
@@ -63,13 +65,19 @@ def listed(http: httpx.Client, path: str) -> set[str]:
     return {item["id"] for item in http.get(path).json()["data"]}
 
 
-def test_lists_show_what_is_ones_own_or_nobodys(service: ServiceProcess, things: Any) -> None:
-    mine, shared = things["mine"], things["shared"]
+def test_lists_show_what_is_ones_own_or_nobodys_and_an_operator_everything(
+    service: ServiceProcess, things: Any
+) -> None:
+    mine, shared, operators = things["mine"], things["shared"], things["operators"]
     with client(service, "first") as first, client(service, "second") as second:
         for path, kind in ((JOBS, "job"), ("/v1/files", "file"), ("/v1/models", "name")):
             assert {mine[kind], shared[kind]} <= listed(first, path)
             assert shared[kind] in listed(second, path)
             assert mine[kind] not in listed(second, path)
+            assert operators[kind] not in listed(first, path)
+    with client(service, "operator") as operator:
+        for path, kind in ((JOBS, "job"), ("/v1/files", "file"), ("/v1/models", "name")):
+            assert {mine[kind], shared[kind], operators[kind]} <= listed(operator, path)
 
 
 def about(thing: dict[str, str]) -> list[tuple[str, str, Any]]:
@@ -112,13 +120,37 @@ def changes(thing: dict[str, str]) -> list[tuple[str, str, Any]]:
     ]
 
 
-def test_another_keys_things_are_not_there(service: ServiceProcess, things: Any) -> None:
-    with client(service, "first") as first, client(service, "second") as second:
-        for method, path, body in about(things["mine"]):
-            assert first.request(method, path, json=body).status_code == 200, path
-        for method, path, body in about(things["mine"]) + changes(things["mine"]):
+@pytest.mark.parametrize("whose", ["mine", "operators"])
+def test_another_keys_things_are_not_there(service: ServiceProcess, things: Any, whose: str) -> None:
+    thing = things[whose]
+    with client(service, "first" if whose == "mine" else "operator") as owner:
+        for method, path, body in about(thing):
+            assert owner.request(method, path, json=body).status_code == 200, path
+    with client(service, "second") as second:
+        for method, path, body in about(thing) + changes(thing):
             answer = second.request(method, path, json=body)
             assert answer.status_code == (422 if "?after=" in path and "events" not in path else 404), path
+
+
+def test_an_operator_sees_and_changes_what_is_another_keys(service: ServiceProcess, things: Any) -> None:
+    request = {"model": BASE, "training_file": "shared.json"}
+    with client(service, "first") as first, client(service, "operator") as operator:
+        for method, path, body in about(things["mine"]):
+            assert operator.request(method, path, json=body).status_code == 200, path
+        file = first.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("f", b"x")}).json()[
+            "id"
+        ]
+        job = first.post(JOBS, json=request | {"training_file": file}).json()["id"]
+        assert operator.post(f"{JOBS}/{job}/cancel").json()["status"] == "cancelled"
+        assert first.get(f"{JOBS}/{job}").json()["status"] == "cancelled"
+
+        # What it makes is its own, also when it is made with another one's things.
+        made = operator.post(JOBS, json=request | {"training_file": file})
+        assert made.status_code == 200, made.text
+        assert first.get(f"{JOBS}/{made.json()['id']}").status_code == 404
+        assert operator.post(f"{JOBS}/{made.json()['id']}/cancel").status_code == 200
+        assert operator.delete(f"/v1/files/{file}").json()["deleted"]
+        assert first.get(f"/v1/files/{file}").status_code == 404
 
 
 def test_what_is_nobodys_is_everybodys_and_so_is_what_is_made_of_it(

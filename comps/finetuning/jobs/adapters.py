@@ -18,6 +18,7 @@ from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
 from comps.finetuning.jobs.find import find_base_model, find_job, find_model
 from comps.finetuning.jobs.states import ACTIVE, add_event
+from comps.finetuning.owner import Owner
 from comps.finetuning.schemas.adapters import AdapterRequest, ExtractRequest, MergeRequest
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.settings import Settings
@@ -54,9 +55,7 @@ def versions_directory(settings: Settings, model_id: str) -> Path:
     return settings.data_dir / "adapters" / model_id.replace("/", "@")
 
 
-def create_extract(
-    database: Database, settings: Settings, request: ExtractRequest, owner: str | None
-) -> JobRow:
+def create_extract(database: Database, settings: Settings, request: ExtractRequest, owner: Owner) -> JobRow:
     """The row of an extraction: one that runs or has succeeded with the same result, or a new one.
 
     Raises :class:`InvalidRequest`, :class:`NotFound`, or :class:`Conflict` when the version exists with
@@ -116,7 +115,7 @@ def create_extract(
         return known
 
 
-def create_merge(database: Database, settings: Settings, request: MergeRequest, owner: str | None) -> JobRow:
+def create_merge(database: Database, settings: Settings, request: MergeRequest, owner: Owner) -> JobRow:
     """As :func:`create_extract`, for a merge. The version must have been extracted before."""
     version = _version(request)
     with database.reading() as session:
@@ -163,7 +162,7 @@ def _version(request: AdapterRequest) -> str | None:
     return first or second
 
 
-def _source(session: Session, settings: Settings, request: AdapterRequest, owner: str | None) -> Source:
+def _source(session: Session, settings: Settings, request: AdapterRequest, owner: Owner) -> Source:
     source = _named(session, settings, request, owner)
     if not (source.directory / "adapter_config.json").is_file():
         raise NotFound(
@@ -174,7 +173,7 @@ def _source(session: Session, settings: Settings, request: AdapterRequest, owner
     return source
 
 
-def _named(session: Session, settings: Settings, request: AdapterRequest, owner: str | None) -> Source:
+def _named(session: Session, settings: Settings, request: AdapterRequest, owner: Owner) -> Source:
     if request.fine_tuning_job_id:
         return _of_job(settings, find_job(session, request.fine_tuning_job_id, owner))
     if not request.model:
@@ -209,7 +208,7 @@ def _of_job(settings: Settings, job: JobRow) -> Source:
     return Source(job.id, job.owner, output, output, spec.base_model, elastic=bool(spec.lora.groups))
 
 
-def _of_model(session: Session, settings: Settings, row: ModelRow, owner: str | None) -> Source:
+def _of_model(session: Session, settings: Settings, row: ModelRow, owner: Owner) -> Source:
     base_model = find_base_model(session, settings, row.base_model or "", owner)
     output = versions_directory(settings, row.id)
     return Source(row.id, row.owner, Path(row.path), output, base_model, elastic=row.kind == "super_adapter")

@@ -17,6 +17,7 @@ from comps.finetuning.jobs.find import find_base_model, find_checkpoint, find_da
 from comps.finetuning.jobs.hyperparameters import Effective, effective
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.jobs.states import add_event
+from comps.finetuning.owner import Owner
 from comps.finetuning.schemas.jobs import JobRequest
 from comps.finetuning.schemas.nls import check_modules, lora_spec
 from comps.finetuning.schemas.tolerant import request_warnings
@@ -36,7 +37,7 @@ DEFAULT_SEED = 42
 
 
 def create_fine_tuning_job(
-    database: Database, settings: Settings, secrets: Secrets, request: JobRequest, owner: str | None
+    database: Database, settings: Settings, secrets: Secrets, request: JobRequest, owner: Owner
 ) -> JobRow:
     """Write the row of a new job, in ``validating_files``, with its warnings as events.
 
@@ -77,7 +78,7 @@ def create_fine_tuning_job(
     if request.integrations and spec.training.report_to != "wandb":
         warnings.append(f"integrations is not used: General.report_to is {spec.training.report_to}.")
     job = JobRow(
-        id=job_id, kind="fine_tuning", status="validating_files", owner=owner, model=base_model.name,
+        id=job_id, kind="fine_tuning", status="validating_files", owner=owner.id, model=base_model.name,
         training_file=training_file.id, validation_file=validation_file.id if validation_file else None,
         suffix=request.suffix, seed=spec.training.seed, request=_without_secrets(request),
         spec=spec.model_dump(mode="json"), hyperparameters=values.answer(),
@@ -102,7 +103,7 @@ def create_fine_tuning_job(
     return job
 
 
-def _validation_file(session: Session, request: JobRequest, owner: str | None) -> FileRow | None:
+def _validation_file(session: Session, request: JobRequest, owner: Owner) -> FileRow | None:
     outer, inner = request.validation_file, request.Dataset.validation_file
     if outer and inner and outer != inner:
         raise InvalidRequest(
@@ -116,7 +117,7 @@ def _validation_file(session: Session, request: JobRequest, owner: str | None) -
 
 
 def _checkpoint(
-    session: Session, request: JobRequest, base_model: ModelSpec, lora: LoraSpec, owner: str | None
+    session: Session, request: JobRequest, base_model: ModelSpec, lora: LoraSpec, owner: Owner
 ) -> Path | None:
     """The directory of the checkpoint to start from, which must be of the same adapter on the same base."""
     name = request.General.resume_from_checkpoint

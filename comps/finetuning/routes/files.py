@@ -71,7 +71,7 @@ async def upload_file(
             sha256=writer.sha256,
             created_at=(now := time.time()),
             expires_at=now + seconds if (seconds := lifetime(upload.fields)) else None,
-            owner=owner,
+            owner=owner.id,
         )
         return await run_in_threadpool(_keep, database, blobs, writer, row)
     finally:

@@ -19,6 +19,7 @@ from comps.finetuning.dependencies import (
 from comps.finetuning.jobs.create import create_fine_tuning_job
 from comps.finetuning.jobs.find import find_job, visible_jobs
 from comps.finetuning.jobs.states import IllegalMove, transition
+from comps.finetuning.owner import Owner
 from comps.finetuning.routes.pages import After, Limit, newest_first
 from comps.finetuning.schemas.job_object import FineTuningJob, JobList
 from comps.finetuning.schemas.jobs import JobId, JobRequest
@@ -113,7 +114,7 @@ def cancel_job(
     return FineTuningJob.of(job, settings)
 
 
-def _cancel(session: Session, job_id: str, owner: str | None) -> JobRow:
+def _cancel(session: Session, job_id: str, owner: Owner) -> JobRow:
     job = find_job(session, job_id, owner)
     if job.status == "cancelled":
         return job

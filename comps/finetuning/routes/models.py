@@ -18,6 +18,7 @@ from comps.finetuning.dependencies import DatabaseDep, OwnerDep, ReaderDep, Sett
 from comps.finetuning.jobs.adapters import versions_directory
 from comps.finetuning.jobs.find import find_base_model, find_model, visible
 from comps.finetuning.jobs.states import ACTIVE
+from comps.finetuning.owner import Owner
 from comps.finetuning.registry import inspect_directory
 from comps.finetuning.schemas.models import ModelDeleted, ModelList, ModelObject, RegisterModel
 from comps.finetuning.schemas.tolerant import request_warnings
@@ -71,7 +72,7 @@ def register_model(
     row = ModelRow(
         id=body.id,
         kind=found.kind,
-        owner=owner,
+        owner=owner.id,
         path=str(found.directory),
         base_model=base_model,
         details={},
@@ -84,7 +85,7 @@ def register_model(
 
 
 def _base_model(
-    session: Session, settings: Settings, body: RegisterModel, from_config: str | None, owner: str | None
+    session: Session, settings: Settings, body: RegisterModel, from_config: str | None, owner: Owner
 ) -> str | None:
     """The base model's name: the given one must be known, the adapter's own is taken as it is."""
     if body.base_model is not None:
