@@ -14,5 +14,9 @@ class Owner:
     id: str | None
     sees_all: bool = False
 
+    def sees(self, owner: str | None) -> bool:
+        """Whether what belongs to ``owner`` may be seen; what is nobody's, everybody sees."""
+        return self.sees_all or owner in (self.id, None)
+
 
 EVERYBODY = Owner(None, sees_all=True)

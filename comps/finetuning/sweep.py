@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
+from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,11 +15,11 @@ from comps.finetuning.jobs.find import needs_file
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
-from comps.finetuning.store.tables import FileRow, JobRow
+from comps.finetuning.store.removal import settle
+from comps.finetuning.store.tables import FileRow, JobRow, ModelRow
 
 log = logging.getLogger(__name__)
 
-DELETED = ".deleted-"  # directories of deleted models, among those of jobs and of adapters
 _INTERVAL_SECONDS = 3600
 
 
@@ -47,9 +47,16 @@ def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
             len(orphans),
             blobs.orphaned,
         )
-    for area in ("jobs", "adapters"):
-        for directory in (settings.data_dir / area).glob(f"{DELETED}*"):
-            shutil.rmtree(directory)
+
+    def is_named(directory: Path) -> bool:
+        """Whether a row still names this directory of a job or a model."""
+        job = select(JobRow.id).where(JobRow.id == directory.name)
+        model = select(ModelRow.id).where(ModelRow.path == str(directory))
+        with database.reading() as session:
+            return bool(session.scalar(job if directory.parent == settings.jobs_dir else model))
+
+    for area in (settings.jobs_dir, settings.data_dir / "adapters"):
+        settle(area, is_named)
 
 
 async def sweep_hourly(database: Database, blobs: Blobs) -> None:

@@ -105,6 +105,7 @@ def changes(thing: dict[str, str]) -> list[tuple[str, str, Any]]:
     job, file, name = thing["job"], thing["file"], thing["name"]
     request = {"model": BASE, "training_file": "shared.json"}
     return [
+        ("DELETE", f"{JOBS}/{job}", None),
         ("POST", f"{JOBS}/{job}/cancel", {}),
         ("POST", f"{JOBS}/cancel", {"fine_tuning_job_id": job}),
         ("POST", JOBS, request | {"training_file": file}),
@@ -162,6 +163,19 @@ def test_what_is_nobodys_is_everybodys_and_so_is_what_is_made_of_it(
             assert second.request(method, path, json=asked).status_code == 200, path
         made = [http.post("/v1/finetune/extract_adapter", json=body).json() for http in (first, second)]
     assert made[0]["id"] == made[1]["id"]
+
+
+def test_a_refusal_does_not_name_what_is_another_keys(service: ServiceProcess, things: Any) -> None:
+    shared = things["shared"]
+    with client(service, "first") as first, client(service, "second") as second:
+        request = {"model": shared["name"], "training_file": shared["file"]}
+        job = first.post(JOBS, json=request).json()["id"]
+        for path in (f"/v1/files/{shared['file']}", f"/v1/models/{shared['name']}"):
+            assert job in first.delete(path).json()["detail"]
+            refusal = second.delete(path)
+            assert refusal.status_code == 409
+            assert "is used by a job of another API key, which has not ended" in refusal.json()["detail"]
+        first.post(f"{JOBS}/{job}/cancel")
 
 
 def test_a_stranger_is_refused_everywhere(service: ServiceProcess, things: Any) -> None:

@@ -103,6 +103,7 @@ def create_extract(database: Database, settings: Settings, request: ExtractReque
     )  # fmt: skip
 
     with database.session() as session:
+        _source(session, settings, request, owner)  # could have been deleted since
         known = _known(session, "extract", source.id, version)
         if known is None:
             return _new_row(session, spec, source, version, request)
@@ -148,6 +149,7 @@ def create_merge(database: Database, settings: Settings, request: MergeRequest, 
     )  # fmt: skip
 
     with database.session() as session:
+        _source(session, settings, request, owner)  # could have been deleted since
         known = _known(session, "merge", source.id, version)
         return known or _new_row(session, spec, source, version, request)
 

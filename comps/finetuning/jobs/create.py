@@ -90,8 +90,11 @@ def create_fine_tuning_job(
         secrets.keep(job_id, token)
     try:
         with database.session() as session:
-            # The file could have been deleted since; from here on the row protects it.
+            # All of this could have been deleted since; from here on the row protects it.
+            find_base_model(session, settings, name, owner)
             find_data_file(session, training_file.id, owner, "training_file")
+            _validation_file(session, request, owner)
+            _checkpoint(session, request, base_model, lora, owner)
             session.add(job)
             session.flush()
             add_event(session, job, f"Created fine-tuning job: {job_id}")

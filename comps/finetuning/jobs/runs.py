@@ -49,11 +49,14 @@ class Runs:
 
     async def change(self, job_id: str, change: Callable[[Session, JobRow], Any]) -> bool:
         """Run ``change(session, row)`` in one transaction on a thread. Returns false when a client has
-        moved the job meanwhile (cancelled it): then the row stays as the client left it."""
+        moved the job meanwhile (cancelled or deleted it): then all stays as the client left it."""
 
         def work() -> None:
             with self._database.session() as session:
-                change(session, session.scalars(select(JobRow).filter_by(id=job_id).with_for_update()).one())
+                row = session.scalar(select(JobRow).filter_by(id=job_id).with_for_update())
+                if row is None:
+                    raise IllegalMove(job_id, "deleted", "anything else")
+                change(session, row)
 
         try:
             await asyncio.to_thread(work)

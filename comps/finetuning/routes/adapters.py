@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
-from comps.cores.errors import ServiceError
+from comps.cores.errors import NotFound, ServiceError
 from comps.finetuning.dependencies import DatabaseDep, OwnerDep, SettingsDep
 from comps.finetuning.jobs.adapters import create_extract, create_merge
 from comps.finetuning.jobs.states import TERMINAL
@@ -60,7 +60,7 @@ async def _answer(request: Request, database: Database, body: AdapterRequest, jo
         # The work goes on when the client hangs up; the same request then finds it again.
         while job.status not in TERMINAL and not await request.is_disconnected():
             await asyncio.sleep(_POLL_SECONDS)
-            job = await run_in_threadpool(_again, database, job.id)
+            job = await run_in_threadpool(_again, database, job)
     if job.status in ("failed", "cancelled"):
         error = job.error or {"message": f"The {job.kind} {job.id} was {job.status}.", "code": "cancelled"}
         kind = RunBroke if error["code"] == "server_error" else RunFailed
@@ -82,6 +82,9 @@ async def _answer(request: Request, database: Database, body: AdapterRequest, jo
     return AdapterAnswer.model_validate(known | {k: v for k, v in result.items() if k not in known})
 
 
-def _again(database: Database, job_id: str) -> JobRow:
+def _again(database: Database, job: JobRow) -> JobRow:
     with database.reading() as session:
-        return session.scalars(select(JobRow).where(JobRow.id == job_id)).one()
+        now = session.scalar(select(JobRow).where(JobRow.id == job.id))
+    if now is None:  # it ended, and its source was deleted with all that came of it
+        raise NotFound(f"The {job.kind} {job.id} was deleted.", code="job_deleted")
+    return now

@@ -15,6 +15,7 @@ from comps.cores.errors import Conflict, InvalidRequest
 from comps.cores.uploads import receive_upload
 from comps.finetuning.dependencies import BlobsDep, DatabaseDep, OwnerDep, ReaderDep, SettingsDep
 from comps.finetuning.jobs.find import find_file, needs_file, usable_files, visible
+from comps.finetuning.jobs.uses import shown
 from comps.finetuning.schemas.files import (
     FileDeleted,
     FileList,
@@ -139,9 +140,9 @@ def delete_file(file_id: str, owner: OwnerDep, database: DatabaseDep, blobs: Blo
     """Remove a file that no unfinished job needs."""
     with database.session() as session:
         row = find_file(session, file_id, owner)
-        job = session.scalar(select(JobRow.id).where(needs_file(row.id)).limit(1))
+        job = session.scalar(select(JobRow).where(needs_file(row.id)).limit(1))
         if job is not None:
-            message = f"The file {row.id} is used by the job {job}, which has not ended."
+            message = f"The file {row.id} is used by {shown(job, owner)}, which has not ended."
             raise Conflict(message, param="file_id")
         session.delete(row)
     blobs.delete(file_id)

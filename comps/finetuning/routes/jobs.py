@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, list, retrieve, cancel."""
+"""Fine-tuning jobs: create, list, retrieve, cancel, delete."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from comps.finetuning.dependencies import (
     SettingsDep,
 )
 from comps.finetuning.jobs.create import create_fine_tuning_job
+from comps.finetuning.jobs.delete import delete_job
 from comps.finetuning.jobs.find import find_job, visible_jobs
 from comps.finetuning.jobs.states import IllegalMove, transition
 from comps.finetuning.owner import Owner
 from comps.finetuning.routes.pages import After, Limit, newest_first
-from comps.finetuning.schemas.job_object import FineTuningJob, JobList
+from comps.finetuning.schemas.job_object import FineTuningJob, JobDeleted, JobList
 from comps.finetuning.schemas.jobs import JobId, JobRequest
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.store.tables import JobRow
@@ -98,6 +99,16 @@ def retrieve_job(
 ) -> FineTuningJob:
     """One job."""
     return FineTuningJob.of(find_job(session, fine_tuning_job_id, owner), settings)
+
+
+@router.delete("/fine_tuning/jobs/{fine_tuning_job_id}")
+def remove_job(
+    fine_tuning_job_id: JobPath, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+) -> JobDeleted:
+    """Remove a job that has ended with all that came of it: its adapter, checkpoints, events and log, its
+    sub-adapters and merged models. Refused while something else needs a part of it."""
+    delete_job(database, settings, fine_tuning_job_id, owner)
+    return JobDeleted(id=fine_tuning_job_id)
 
 
 @router.post("/fine_tuning/jobs/{fine_tuning_job_id}/cancel")

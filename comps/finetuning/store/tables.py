@@ -196,7 +196,7 @@ class PartRow(Base):
 
 
 class IdempotencyRow(Base):
-    """A POST that was carried out under an ``Idempotency-Key``, written in the transaction of what it made."""
+    """A POST carried out under an ``Idempotency-Key``; written in the transaction of what it made."""
 
     __tablename__ = "idempotency_keys"
 
