@@ -7,10 +7,12 @@ import secrets
 from collections.abc import Iterator
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
+from pydantic import AfterValidator
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import Unauthorized
+from comps.finetuning.jobs.repeats import HEADER, Repeat, check_key, digest
 from comps.finetuning.owner import EVERYBODY, Owner
 from comps.finetuning.settings import Secrets, Settings
 from comps.finetuning.store.blobs import Blobs
@@ -64,6 +66,19 @@ def _is_one_of(sent: bytes, keys: Secrets) -> bool:
     return any(matches)
 
 
+IdempotencyKey = Annotated[
+    Annotated[str, AfterValidator(check_key)] | None,
+    Header(alias=HEADER, description="The same request with the same key is carried out once, within a day"),
+]
+
+
+async def get_repeat(request: Request, owner: OwnerDep, key: IdempotencyKey = None) -> Repeat | None:
+    """A request with a JSON body and an ``Idempotency-Key``; ``None`` without the key."""
+    if key is None:
+        return None
+    return Repeat(owner.id or "", key, digest(request.method, request.url.path, await request.body()))
+
+
 def get_session(database: DatabaseDep) -> Iterator[Session]:
     """A write transaction around the route: committed before the answer is sent, undone by an error."""
     with database.session() as session:
@@ -77,5 +92,6 @@ def get_reader(database: DatabaseDep) -> Iterator[Session]:
 
 
 OwnerDep = Annotated[Owner, Depends(get_owner)]
+RepeatDep = Annotated[Repeat | None, Depends(get_repeat)]
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 ReaderDep = Annotated[Session, Depends(get_reader, scope="function")]

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from comps.cores.errors import ServiceError
 from comps.finetuning.jobs.find import needs_file
+from comps.finetuning.jobs.repeats import forget_old
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
@@ -39,6 +40,7 @@ def remove_expired(database: Database, blobs: Blobs) -> None:
 def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
     """Finish what the last service began. Only for the start, before any request."""
     remove_expired(database, blobs)
+    forget_old(database)
     with database.reading() as session:
         known = set(session.scalars(select(FileRow.id)))
     if orphans := blobs.tidy(known):
@@ -60,10 +62,11 @@ def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
 
 
 async def sweep_hourly(database: Database, blobs: Blobs) -> None:
-    """Run :func:`remove_expired` every hour until cancelled."""
+    """Remove expired files, and forget old idempotency keys, every hour until cancelled."""
     while True:
         await asyncio.sleep(_INTERVAL_SECONDS)
         try:
             await asyncio.to_thread(remove_expired, database, blobs)
+            await asyncio.to_thread(forget_old, database)
         except (ServiceError, SQLAlchemyError, OSError) as error:
-            log.warning("expired files could not be removed, and will be tried again: %s", error)
+            log.warning("what has expired could not be removed, and will be tried again: %s", error)

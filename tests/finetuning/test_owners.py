@@ -165,6 +165,18 @@ def test_what_is_nobodys_is_everybodys_and_so_is_what_is_made_of_it(
     assert made[0]["id"] == made[1]["id"]
 
 
+def test_idempotency_keys_are_each_ones_own(service: ServiceProcess, things: Any) -> None:
+    body = {"model": BASE, "training_file": things["shared"]["file"], "metadata": {"by": "key"}}
+    made = []
+    for key in ("first", "second", "operator"):
+        with client(service, key) as http:
+            for _ in range(2):
+                made.append(http.post(JOBS, json=body, headers={"Idempotency-Key": "one"}).json()["id"])
+            assert listed(http, f"{JOBS}?metadata[by]=key") == ({*made} if key == "operator" else {made[-1]})
+            http.post(f"{JOBS}/{made[-1]}/cancel")
+    assert len(set(made)) == 3
+
+
 def test_a_refusal_does_not_name_what_is_another_keys(service: ServiceProcess, things: Any) -> None:
     shared = things["shared"]
     with client(service, "first") as first, client(service, "second") as second:

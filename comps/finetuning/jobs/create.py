@@ -15,9 +15,11 @@ from comps.cores.errors import InvalidRequest
 from comps.finetuning import catalog
 from comps.finetuning.jobs.find import find_base_model, find_checkpoint, find_data_file
 from comps.finetuning.jobs.hyperparameters import Effective, effective
+from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.jobs.states import add_event
 from comps.finetuning.owner import Owner
+from comps.finetuning.schemas.job_object import FineTuningJob
 from comps.finetuning.schemas.jobs import JobRequest
 from comps.finetuning.schemas.nls import check_modules, lora_spec
 from comps.finetuning.schemas.tolerant import request_warnings
@@ -37,12 +39,17 @@ DEFAULT_SEED = 42
 
 
 def create_fine_tuning_job(
-    database: Database, settings: Settings, secrets: Secrets, request: JobRequest, owner: Owner
+    database: Database,
+    settings: Settings,
+    secrets: Secrets,
+    request: JobRequest,
+    owner: Owner,
+    repeat: Repeat | None = None,
 ) -> JobRow:
     """Write the row of a new job, in ``validating_files``, with its warnings as events.
 
-    Raises :class:`InvalidRequest` or :class:`NotFound` for what the request gets wrong; then there is
-    no row.
+    Raises :class:`InvalidRequest` or :class:`NotFound` for what the request gets wrong, and
+    :class:`KeyTaken`; then there is no row.
     """
     values, overridden = effective(request)
     lora, nls_warnings = lora_spec(request.General.lora_config)
@@ -90,6 +97,7 @@ def create_fine_tuning_job(
         secrets.keep(job_id, token)
     try:
         with database.session() as session:
+            claim(session, repeat)
             # All of this could have been deleted since; from here on the row protects it.
             find_base_model(session, settings, name, owner)
             find_data_file(session, training_file.id, owner, "training_file")
@@ -100,6 +108,7 @@ def create_fine_tuning_job(
             add_event(session, job, f"Created fine-tuning job: {job_id}")
             for warning in warnings:
                 add_event(session, job, warning, level="warn")
+            keep(session, repeat, FineTuningJob.of(job, settings))
     except BaseException:
         secrets.forget(job_id)
         raise

@@ -13,12 +13,14 @@ from comps.finetuning.dependencies import (
     DatabaseDep,
     OwnerDep,
     ReaderDep,
+    RepeatDep,
     SessionDep,
     SettingsDep,
 )
 from comps.finetuning.jobs.create import create_fine_tuning_job
 from comps.finetuning.jobs.delete import delete_job
 from comps.finetuning.jobs.find import find_job, visible_jobs
+from comps.finetuning.jobs.repeats import once
 from comps.finetuning.jobs.states import IllegalMove, transition
 from comps.finetuning.owner import Owner
 from comps.finetuning.routes.pages import After, Limit, newest_first
@@ -35,12 +37,21 @@ JobPath = Annotated[str, Path(max_length=200)]
 @router.post("/fine_tuning/jobs")
 @router.post("/sqft/jobs")
 def create_job(
-    body: JobRequest, request: Request, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+    body: JobRequest,
+    request: Request,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    database: DatabaseDep,
+    repeat: RepeatDep,
 ) -> FineTuningJob:
     """Ask for an adapter to be trained. The answer comes at once; the job's status tells the rest."""
-    job = create_fine_tuning_job(database, settings, request.app.state.secrets, body, owner)
-    request.app.state.dispatcher.wake()
-    return FineTuningJob.of(job, settings)
+
+    def make() -> FineTuningJob:
+        job = create_fine_tuning_job(database, settings, request.app.state.secrets, body, owner, repeat)
+        request.app.state.dispatcher.wake()
+        return FineTuningJob.of(job, settings)
+
+    return once(database, repeat, make, FineTuningJob.model_validate)
 
 
 @router.get("/fine_tuning/jobs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +13,17 @@ from sqlalchemy.orm import Session
 
 from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
-from comps.finetuning.dependencies import DatabaseDep, OwnerDep, ReaderDep, SettingsDep
+from comps.finetuning.dependencies import DatabaseDep, OwnerDep, ReaderDep, RepeatDep, SettingsDep
 from comps.finetuning.jobs.adapters import versions_directory
 from comps.finetuning.jobs.find import find_base_model, find_model, visible
+from comps.finetuning.jobs.repeats import Repeat, claim, keep, once
 from comps.finetuning.jobs.uses import check_not_a_base, check_not_read, is_in, shown
 from comps.finetuning.owner import Owner
 from comps.finetuning.registry import inspect_directory
 from comps.finetuning.schemas.models import ModelDeleted, ModelList, ModelObject, RegisterModel
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.settings import Settings
+from comps.finetuning.store.database import Database
 from comps.finetuning.store.removal import removal
 from comps.finetuning.store.tables import CheckpointRow, ModelRow
 
@@ -51,9 +54,20 @@ def list_models(owner: OwnerDep, settings: SettingsDep, session: ReaderDep) -> M
 
 @router.post("")
 def register_model(
-    body: RegisterModel, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+    body: RegisterModel,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    database: DatabaseDep,
+    repeat: RepeatDep,
 ) -> ModelObject:
     """Give a directory under the models root a name: a base model, or a super-adapter trained elsewhere."""
+    make = partial(_register, body, owner, settings, database, repeat)
+    return once(database, repeat, make, ModelObject.model_validate)
+
+
+def _register(
+    body: RegisterModel, owner: Owner, settings: Settings, database: Database, repeat: Repeat | None
+) -> ModelObject:
     # Files are read outside any transaction, so that a slow disk holds nobody up.
     found = inspect_directory(settings.models_dir, body.path)
     local = catalog.find_local_model(settings.models_dir, body.id)
@@ -73,10 +87,14 @@ def register_model(
         details={},
     )
     with database.session() as session:
+        claim(session, repeat)
         if session.get(ModelRow, body.id) is not None:
             raise Conflict(f"There is already a model {body.id!r}.", param="id")
         session.add(row)
-    return ModelObject.of(row, request_warnings(body))
+        session.flush()
+        answer = ModelObject.of(row, request_warnings(body))
+        keep(session, repeat, answer)
+    return answer
 
 
 def _base_model(
