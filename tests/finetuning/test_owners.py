@@ -87,6 +87,8 @@ def about(thing: dict[str, str]) -> list[tuple[str, str, Any]]:
         ("GET", f"{JOBS}/{job}", None),
         ("GET", f"{JOBS}/{job}/events", None),
         ("GET", f"{JOBS}/{job}/events?after=ftevent-{name}", None),
+        ("GET", f"{JOBS}/{job}/events?stream=true", None),
+        ("GET", f"{JOBS}/{job}/events?stream=true&after=ftevent-{name}", None),
         ("GET", f"{JOBS}/{job}/checkpoints", None),
         ("GET", f"{JOBS}/{job}/logs", None),
         ("POST", f"{JOBS}/retrieve", {"fine_tuning_job_id": job}),
