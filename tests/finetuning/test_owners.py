@@ -140,9 +140,8 @@ def test_an_operator_sees_and_changes_what_is_another_keys(service: ServiceProce
     with client(service, "first") as first, client(service, "operator") as operator:
         for method, path, body in about(things["mine"]):
             assert operator.request(method, path, json=body).status_code == 200, path
-        file = first.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("f", b"x")}).json()[
-            "id"
-        ]
+        content = {"file": ("f", ROWS)}
+        file = first.post("/v1/files", data={"purpose": "fine-tune"}, files=content).json()["id"]
         job = first.post(JOBS, json=request | {"training_file": file}).json()["id"]
         assert operator.post(f"{JOBS}/{job}/cancel").json()["status"] == "cancelled"
         assert first.get(f"{JOBS}/{job}").json()["status"] == "cancelled"
