@@ -72,9 +72,12 @@ async def _answer(
     database: Database,
     body: AdapterRequest,
     repeat: Repeat | None,
-    make: Callable[[], JobRow],
+    make: Callable[[], JobRow | AdapterAnswer],
 ) -> AdapterAnswer:
-    job = await run_in_threadpool(once, database, repeat, make, partial(_made_before, database))
+    def begin() -> JobRow | AdapterAnswer:
+        return once(database, repeat, make, lambda answer: _made_before(database, answer))
+
+    job = await run_in_threadpool(begin)
     if isinstance(job, AdapterAnswer):
         return job
     request.app.state.dispatcher.wake()
