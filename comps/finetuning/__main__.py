@@ -13,6 +13,8 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -40,13 +42,26 @@ def listening_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
+class Server(uvicorn.Server):
+    """uvicorn, which calls ``on_exit`` at once when it is told to stop: it then waits for all answers, and
+    some end only when they know."""
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._on_exit()
+
+
 async def serve(settings: Settings) -> None:
     """Start everything, answer requests until a signal comes, stop everything."""
     app = create_app(settings)
     config = uvicorn.Config(
         app, lifespan="off", log_config=None, server_header=False, timeout_graceful_shutdown=_GRACE_SECONDS
     )
-    server = uvicorn.Server(config)
+    server = Server(config, on_exit=app.state.news.close)
     # uvicorn takes these over while it serves and raises them again when it is done; with its own
     # handler behind, a signal during start or stop only asks for the end, too.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -17,6 +17,7 @@ from comps.cores.app import create_component
 from comps.cores.errors import StartupError
 from comps.finetuning.cluster import Cluster
 from comps.finetuning.jobs.dispatcher import Dispatcher
+from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.metrics import StoreMetrics
 from comps.finetuning.routes import adapters, checkpoints, events, files, jobs, logs, models
@@ -67,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
     """The application. Nothing is opened or started before its lifespan begins."""
     database = Database(settings.database_url)
     blobs = Blobs(settings.files_dir)
+    news = News(database)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -80,11 +82,13 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.secrets, app.state.cluster, app.state.dispatcher = secrets, cluster, dispatcher
             await cluster.start()
             await dispatcher.start()
+            await news.start()
             sweeping = asyncio.create_task(sweep_hourly(database, blobs))
             try:
                 yield
             finally:
                 sweeping.cancel()
+                await news.stop()
                 try:
                     await dispatcher.stop()
                 finally:
@@ -107,6 +111,7 @@ def create_app(settings: Settings) -> FastAPI:
         origins=settings.allowed_hosts,
     )
     app.state.settings, app.state.database, app.state.blobs = settings, database, blobs
+    app.state.news = news
     app.state.statistics.registry.register(StoreMetrics(database))
     for router in ROUTERS:
         app.include_router(router)

@@ -7,11 +7,14 @@ import secrets
 from collections.abc import Iterator
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
+from pydantic import AfterValidator
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import Unauthorized
-from comps.finetuning.settings import Settings
+from comps.finetuning.jobs.repeats import HEADER, Repeat, check_key, digest
+from comps.finetuning.owner import EVERYBODY, Owner
+from comps.finetuning.settings import Secrets, Settings
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
 
@@ -43,22 +46,37 @@ def bearer_key(header: str | None) -> str | None:
     return key if scheme.lower() == "bearer" and key not in ("", "None") else None
 
 
-def get_owner(request: Request, settings: SettingsDep) -> str | None:
-    """Who calls: a digest of the key, or ``None`` when the service has no keys.
-
-    Raises :class:`Unauthorized`. Routers take this as a dependency, which guards all their routes.
-    """
-    if not settings.api_keys:
-        return None
+def get_owner(request: Request, settings: SettingsDep) -> Owner:
+    """Who calls. Raises :class:`Unauthorized`. Every route takes this as a dependency, which guards it."""
+    if not settings.api_keys and not settings.operator_keys:
+        return EVERYBODY
     key = bearer_key(request.headers.get("authorization"))
     if key is None:
         raise Unauthorized("This service needs an API key: send it as 'Authorization: Bearer KEY'.")
     sent = key.encode()
-    # Each comparison takes the same time wherever the keys differ, and all of them are made.
-    matches = [secrets.compare_digest(sent, known.get_secret_value().encode()) for known in settings.api_keys]
-    if not any(matches):
+    ordinary, operator = _is_one_of(sent, settings.api_keys), _is_one_of(sent, settings.operator_keys)
+    if not ordinary and not operator:
         raise Unauthorized("The API key is not one of this service's.")
-    return hashlib.sha256(sent).hexdigest()[:16]
+    return Owner(hashlib.sha256(sent).hexdigest()[:16], sees_all=operator)
+
+
+def _is_one_of(sent: bytes, keys: Secrets) -> bool:
+    # Each comparison takes the same time wherever the keys differ, and all of them are made.
+    matches = [secrets.compare_digest(sent, key.get_secret_value().encode()) for key in keys]
+    return any(matches)
+
+
+IdempotencyKey = Annotated[
+    Annotated[str, AfterValidator(check_key)] | None,
+    Header(alias=HEADER, description="The same request with the same key is carried out once, within a day"),
+]
+
+
+async def get_repeat(request: Request, owner: OwnerDep, key: IdempotencyKey = None) -> Repeat | None:
+    """A request with a JSON body and an ``Idempotency-Key``; ``None`` without the key."""
+    if key is None:
+        return None
+    return Repeat(owner.id or "", key, digest(request.method, request.url.path, await request.body()))
 
 
 def get_session(database: DatabaseDep) -> Iterator[Session]:
@@ -73,6 +91,7 @@ def get_reader(database: DatabaseDep) -> Iterator[Session]:
         yield session
 
 
-OwnerDep = Annotated[str | None, Depends(get_owner)]
+OwnerDep = Annotated[Owner, Depends(get_owner)]
+RepeatDep = Annotated[Repeat | None, Depends(get_repeat)]
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 ReaderDep = Annotated[Session, Depends(get_reader, scope="function")]

@@ -75,6 +75,9 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("FINETUNING_API_KEYS", "OPEA_API_KEYS"),
         description="Keys that clients send as `Authorization: Bearer KEY`, comma-separated.",
     )
+    operator_keys: Secrets = Field(
+        (), description="Keys that see and may change everything of everyone, comma-separated."
+    )
     allow_unauthenticated: bool = Field(
         False, description="Listen on any address without keys, for a container behind a gateway."
     )
@@ -109,7 +112,7 @@ class Settings(BaseSettings):
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().resolve() if path else None
 
-    @field_validator("allowed_hosts", "api_keys", mode="before")
+    @field_validator("allowed_hosts", "api_keys", "operator_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -130,7 +133,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Settings:
-        if self.api_keys or self.allow_unauthenticated or is_loopback(self.host):
+        keys = self.api_keys or self.operator_keys
+        if keys or self.allow_unauthenticated or is_loopback(self.host):
             return self
         raise ValueError(
             f"without API keys the service listens on this machine only, not on {self.host}: set "

@@ -45,6 +45,18 @@ def alone(directory: Path, patience: float = PATIENCE) -> Iterator[None]:
         yield
 
 
+def is_held(directory: Path) -> bool:
+    """Whether an attempt is :func:`alone` in the run's directory at this moment."""
+    try:
+        with open(directory / rundir.LOCK, "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def log_to(directory: Path) -> None:
     """Send what this process and its children print to the run's log, from now on."""
     sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning.jobs.adapters import create_extract, create_merge
 from comps.finetuning.jobs.create import create_fine_tuning_job
 from comps.finetuning.jobs.secrets import Secrets
+from comps.finetuning.owner import EVERYBODY, Owner
 from comps.finetuning.schemas.adapters import ExtractRequest, MergeRequest
 from comps.finetuning.schemas.integrations import tracking_environment
 from comps.finetuning.schemas.jobs import JobRequest
@@ -61,7 +63,7 @@ def secrets() -> Secrets:
 def create(settings: Settings, database: Database, secrets: Secrets) -> Any:
     add_file(database, "rows.json")
 
-    def create(owner: str | None = None, **body: Any) -> JobRow:
+    def create(owner: Owner = EVERYBODY, **body: Any) -> JobRow:
         request = JobRequest.model_validate({"training_file": "rows.json", "model": "org/tiny"} | body)
         return create_fine_tuning_job(database, settings, secrets, request, owner)
 
@@ -184,9 +186,18 @@ def test_a_registered_base_model_is_found_by_its_id(
 
 def test_jobs_and_files_of_others_are_not_found(create: Any, database: Database) -> None:
     theirs = add_file(database, "theirs.json", owner="them")
-    assert create(owner="them", training_file=theirs).owner == "them"
+    assert create(owner=Owner("them"), training_file=theirs).owner == "them"
     with pytest.raises(NotFound):
-        create(owner="us", training_file=theirs)
+        create(owner=Owner("us"), training_file=theirs)
+    assert create(owner=Owner("operator", sees_all=True), training_file=theirs).owner == "operator"
+
+
+def test_by_name_the_callers_own_file_goes_before_others(create: Any, database: Database) -> None:
+    operator = Owner("operator", sees_all=True)
+    ours = add_file(database, "same.json", owner="operator")
+    theirs = add_file(database, "same.json", owner="them", created_at=time.time() + 60)
+    assert create(owner=operator, training_file="same.json").training_file == ours
+    assert create(owner=Owner("them"), training_file="same.json").training_file == theirs
 
 
 def test_a_run_starts_from_a_checkpoint_of_the_same_adapter(create: Any, database: Database) -> None:
@@ -240,11 +251,11 @@ def job_id(database: Database, settings: Settings, models: Path) -> str:
 
 
 def ask_extract(database: Database, settings: Settings, **body: Any) -> JobRow:
-    return create_extract(database, settings, ExtractRequest.model_validate(body), None)
+    return create_extract(database, settings, ExtractRequest.model_validate(body), EVERYBODY)
 
 
 def ask_merge(database: Database, settings: Settings, **body: Any) -> JobRow:
-    return create_merge(database, settings, MergeRequest.model_validate(body), None)
+    return create_merge(database, settings, MergeRequest.model_validate(body), EVERYBODY)
 
 
 def run_extract(database: Database, job: JobRow) -> None:

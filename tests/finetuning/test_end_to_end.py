@@ -15,6 +15,7 @@ from fixtures_service import (
     MODEL,
     at_step,
     create,
+    directory_of,
     job,
     local_head,
     output_of,
@@ -117,10 +118,33 @@ def test_an_extracted_sub_adapter_and_its_merged_model_compute_the_same(
     torch.testing.assert_close(logits(whole), logits(adapted), atol=1e-5, rtol=1e-4)
 
 
-def test_a_cancelled_job_stops_and_stays_cancelled(ray_server: ServiceProcess) -> None:
+def test_a_cancelled_job_stops_and_stays_cancelled_until_it_is_deleted(ray_server: ServiceProcess) -> None:
     job_id = create(ray_server, upload(ray_server), Training={"epochs": 5000})
     at_step(ray_server, job_id, 1)
     assert trainers(local_head(ray_server), job_id)
     assert ray_server.openai.fine_tuning.jobs.cancel(job_id).status == "cancelled"
+    refusal = ray_server.http.delete(f"/v1/fine_tuning/jobs/{job_id}")
+    assert refusal.json()["error"]["code"] == "job_still_ending"
     processes_end(ray_server, job_id)
     assert job(ray_server, job_id)["status"] == "cancelled"
+    delete(ray_server, job_id)
+
+
+def test_a_deleted_job_takes_its_sub_adapters_and_merged_models_along(
+    ray_server: ServiceProcess, finished: dict[str, Any]
+) -> None:
+    job_id = finished["id"]
+    for route in ("extract_adapter", "merge_adapter"):
+        body = {"fine_tuning_job_id": job_id, "adapter_version": "heuristic"}
+        assert ray_server.http.post(f"/v1/finetune/{route}", json=body).status_code == 200
+    delete(ray_server, job_id)
+    assert job_id not in ray_server.http.get("/v1/models").text
+
+
+def delete(service: ServiceProcess, job_id: str) -> None:
+    """Delete an ended job; the client asks again as long as its processes, or a merge's, are ending."""
+    patient = service.openai.with_options(max_retries=40)
+    patient.delete(f"/fine_tuning/jobs/{job_id}", cast_to=object)
+    assert trainers(local_head(service), job_id) == []
+    assert service.http.get(f"/v1/fine_tuning/jobs/{job_id}").status_code == 404
+    assert not directory_of(service, job_id).exists()

@@ -43,6 +43,7 @@ GET    /v1/files/{file_id}
 DELETE /v1/files/{file_id}
 GET    /v1/files/{file_id}/content
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}
+DELETE /v1/fine_tuning/jobs/{fine_tuning_job_id}
 POST   /v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/events
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints

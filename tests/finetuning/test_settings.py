@@ -46,11 +46,13 @@ def test_each_variable_is_read_and_an_empty_one_means_absent(monkeypatch: pytest
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OPEA_API_KEYS", "one, two ,")
+    monkeypatch.setenv("FINETUNING_OPERATOR_KEYS", "three")
     settings = load_settings()
     assert settings.models_dir == Path("/srv/tuning/models")
     assert settings.database_url == "sqlite:////srv/tuning/finetuning.db"
     assert (settings.ray_address, settings.hf_hub_offline) == ("http://ray:8265", True)
     assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    assert [key.get_secret_value() for key in settings.operator_keys] == ["three"]
     assert "canary" not in repr(settings)
     assert "two" not in repr(settings)
 
@@ -96,6 +98,7 @@ def test_without_keys_only_loopback_is_listened_on(host: str) -> None:
     with pytest.raises(ValueError, match="without API keys"):
         Settings(host=host)
     assert Settings(host=host, api_keys=("key",)).host == host
+    assert Settings(host=host, operator_keys=("key",)).host == host
     assert Settings(host=host, allow_unauthenticated=True).host == host
 
 

@@ -17,8 +17,10 @@ from sqlalchemy.orm import Session
 from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
 from comps.finetuning.jobs.find import find_base_model, find_job, find_model
+from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.states import ACTIVE, add_event
-from comps.finetuning.schemas.adapters import AdapterRequest, ExtractRequest, MergeRequest
+from comps.finetuning.owner import Owner
+from comps.finetuning.schemas.adapters import AdapterAnswer, AdapterRequest, ExtractRequest, MergeRequest
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
@@ -55,12 +57,16 @@ def versions_directory(settings: Settings, model_id: str) -> Path:
 
 
 def create_extract(
-    database: Database, settings: Settings, request: ExtractRequest, owner: str | None
+    database: Database,
+    settings: Settings,
+    request: ExtractRequest,
+    owner: Owner,
+    repeat: Repeat | None = None,
 ) -> JobRow:
     """The row of an extraction: one that runs or has succeeded with the same result, or a new one.
 
     Raises :class:`InvalidRequest`, :class:`NotFound`, or :class:`Conflict` when the version exists with
-    another configuration, or its source has not succeeded.
+    another configuration, or its source has not succeeded; and :class:`KeyTaken`.
     """
     version = _version(request)
     if version is None and request.custom_config is not None:
@@ -104,19 +110,28 @@ def create_extract(
     )  # fmt: skip
 
     with database.session() as session:
-        known = _known(session, "extract", source.id, version)
-        if known is None:
-            return _new_row(session, spec, source, version, request)
-        same = ExtractSpec.model_validate(known.spec)
+        claim(session, repeat)
+        _source(session, settings, request, owner)  # could have been deleted since
+        job = _known(session, "extract", source.id, version)
+        if job is None:
+            job = _new_row(session, spec, source, version, request)
+        same = ExtractSpec.model_validate(job.spec)
         if (same.config, same.form) != (config, form):
             raise Conflict(
                 f"The version {version!r} of {source} exists with another configuration; choose another.",
                 param="adapter_version",
             )
-        return known
+        keep(session, repeat, AdapterAnswer.of(job, request))
+        return job
 
 
-def create_merge(database: Database, settings: Settings, request: MergeRequest, owner: str | None) -> JobRow:
+def create_merge(
+    database: Database,
+    settings: Settings,
+    request: MergeRequest,
+    owner: Owner,
+    repeat: Repeat | None = None,
+) -> JobRow:
     """As :func:`create_extract`, for a merge. The version must have been extracted before."""
     version = _version(request)
     with database.reading() as session:
@@ -149,8 +164,12 @@ def create_merge(database: Database, settings: Settings, request: MergeRequest, 
     )  # fmt: skip
 
     with database.session() as session:
+        claim(session, repeat)
+        _source(session, settings, request, owner)  # could have been deleted since
         known = _known(session, "merge", source.id, version)
-        return known or _new_row(session, spec, source, version, request)
+        job = known or _new_row(session, spec, source, version, request)
+        keep(session, repeat, AdapterAnswer.of(job, request))
+        return job
 
 
 def _version(request: AdapterRequest) -> str | None:
@@ -163,7 +182,7 @@ def _version(request: AdapterRequest) -> str | None:
     return first or second
 
 
-def _source(session: Session, settings: Settings, request: AdapterRequest, owner: str | None) -> Source:
+def _source(session: Session, settings: Settings, request: AdapterRequest, owner: Owner) -> Source:
     source = _named(session, settings, request, owner)
     if not (source.directory / "adapter_config.json").is_file():
         raise NotFound(
@@ -174,7 +193,7 @@ def _source(session: Session, settings: Settings, request: AdapterRequest, owner
     return source
 
 
-def _named(session: Session, settings: Settings, request: AdapterRequest, owner: str | None) -> Source:
+def _named(session: Session, settings: Settings, request: AdapterRequest, owner: Owner) -> Source:
     if request.fine_tuning_job_id:
         return _of_job(settings, find_job(session, request.fine_tuning_job_id, owner))
     if not request.model:
@@ -209,7 +228,7 @@ def _of_job(settings: Settings, job: JobRow) -> Source:
     return Source(job.id, job.owner, output, output, spec.base_model, elastic=bool(spec.lora.groups))
 
 
-def _of_model(session: Session, settings: Settings, row: ModelRow, owner: str | None) -> Source:
+def _of_model(session: Session, settings: Settings, row: ModelRow, owner: Owner) -> Source:
     base_model = find_base_model(session, settings, row.base_model or "", owner)
     output = versions_directory(settings, row.id)
     return Source(row.id, row.owner, Path(row.path), output, base_model, elastic=row.kind == "super_adapter")

@@ -15,8 +15,11 @@ from comps.cores.errors import InvalidRequest
 from comps.finetuning import catalog
 from comps.finetuning.jobs.find import find_base_model, find_checkpoint, find_data_file
 from comps.finetuning.jobs.hyperparameters import Effective, effective
+from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.jobs.states import add_event
+from comps.finetuning.owner import Owner
+from comps.finetuning.schemas.job_object import FineTuningJob
 from comps.finetuning.schemas.jobs import JobRequest
 from comps.finetuning.schemas.nls import check_modules, lora_spec
 from comps.finetuning.schemas.tolerant import request_warnings
@@ -36,12 +39,17 @@ DEFAULT_SEED = 42
 
 
 def create_fine_tuning_job(
-    database: Database, settings: Settings, secrets: Secrets, request: JobRequest, owner: str | None
+    database: Database,
+    settings: Settings,
+    secrets: Secrets,
+    request: JobRequest,
+    owner: Owner,
+    repeat: Repeat | None = None,
 ) -> JobRow:
     """Write the row of a new job, in ``validating_files``, with its warnings as events.
 
-    Raises :class:`InvalidRequest` or :class:`NotFound` for what the request gets wrong; then there is
-    no row.
+    Raises :class:`InvalidRequest` or :class:`NotFound` for what the request gets wrong, and
+    :class:`KeyTaken`; then there is no row.
     """
     values, overridden = effective(request)
     lora, nls_warnings = lora_spec(request.General.lora_config)
@@ -78,7 +86,7 @@ def create_fine_tuning_job(
         warnings.append(f"integrations is not used: General.report_to is {spec.training.report_to}.")
     token = request.General.config.token
     job = JobRow(
-        id=job_id, kind="fine_tuning", status="validating_files", owner=owner, model=base_model.name,
+        id=job_id, kind="fine_tuning", status="validating_files", owner=owner.id, model=base_model.name,
         training_file=training_file.id, validation_file=validation_file.id if validation_file else None,
         suffix=request.suffix, seed=spec.training.seed, request=_without_secrets(request),
         spec=spec.model_dump(mode="json"), hyperparameters=values.answer(),
@@ -87,17 +95,22 @@ def create_fine_tuning_job(
         secret=secrets.seal(token) if token else None,
     )  # fmt: skip
     with database.session() as session:
-        # The file could have been deleted since; from here on the row protects it.
+        claim(session, repeat)
+        # All of this could have been deleted since; from here on the row protects it.
+        find_base_model(session, settings, name, owner)
         find_data_file(session, training_file.id, owner, "training_file")
+        _validation_file(session, request, owner)
+        _checkpoint(session, request, base_model, lora, owner)
         session.add(job)
         session.flush()
         add_event(session, job, f"Created fine-tuning job: {job_id}")
         for warning in warnings:
             add_event(session, job, warning, level="warn")
+        keep(session, repeat, FineTuningJob.of(job, settings))
     return job
 
 
-def _validation_file(session: Session, request: JobRequest, owner: str | None) -> FileRow | None:
+def _validation_file(session: Session, request: JobRequest, owner: Owner) -> FileRow | None:
     outer, inner = request.validation_file, request.Dataset.validation_file
     if outer and inner and outer != inner:
         raise InvalidRequest(
@@ -111,7 +124,7 @@ def _validation_file(session: Session, request: JobRequest, owner: str | None) -
 
 
 def _checkpoint(
-    session: Session, request: JobRequest, base_model: ModelSpec, lora: LoraSpec, owner: str | None
+    session: Session, request: JobRequest, base_model: ModelSpec, lora: LoraSpec, owner: Owner
 ) -> Path | None:
     """The directory of the checkpoint to start from, which must be of the same adapter on the same base."""
     name = request.General.resume_from_checkpoint

@@ -1,7 +1,6 @@
 """Finding rows for a caller, who sees their own: the one place that says who sees what.
 
-An owner is what :func:`comps.finetuning.dependencies.get_owner` makes of an API key. Events, checkpoints and
-logs are found through their job.
+Events, checkpoints and logs are found through their job.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from sqlalchemy.orm import Session
 from comps.cores.errors import InvalidRequest, NotFound
 from comps.finetuning import catalog
 from comps.finetuning.jobs.states import ACTIVE
+from comps.finetuning.owner import Owner
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.tables import CheckpointRow, FileRow, JobRow, ModelRow
 from comps.tuning.spec import ModelSpec
@@ -23,19 +23,19 @@ DATA_PURPOSE = "fine-tune"
 _SHOWN = 80
 
 
-def visible(table: type[JobRow] | type[FileRow] | type[ModelRow], owner: str | None) -> ColumnElement[bool]:
-    """The condition that ``owner`` may see a row: it is theirs, or nobody's. Without keys, everything."""
-    if owner is None:
+def visible(table: type[JobRow] | type[FileRow] | type[ModelRow], owner: Owner) -> ColumnElement[bool]:
+    """The condition that ``owner`` may see a row: it is theirs, or nobody's, or they see everything."""
+    if owner.sees_all:
         return true()
-    return or_(table.owner == owner, table.owner.is_(None))
+    return or_(table.owner == owner.id, table.owner.is_(None))
 
 
-def visible_jobs(owner: str | None) -> Select[JobRow]:
+def visible_jobs(owner: Owner) -> Select[JobRow]:
     """The fine-tuning jobs of a caller."""
     return select(JobRow).where(JobRow.kind == "fine_tuning", visible(JobRow, owner))
 
 
-def usable_files(owner: str | None) -> Select[FileRow]:
+def usable_files(owner: Owner) -> Select[FileRow]:
     """The files of a caller that have not expired."""
     not_expired = or_(FileRow.expires_at.is_(None), FileRow.expires_at > time.time())
     return select(FileRow).where(visible(FileRow, owner), not_expired)
@@ -46,7 +46,7 @@ def needs_file(file_id: str | SQLColumnExpression[str]) -> ColumnElement[bool]:
     return or_(JobRow.training_file == file_id, JobRow.validation_file == file_id) & JobRow.status.in_(ACTIVE)
 
 
-def find_job(session: Session, job_id: str, owner: str | None, param: str = "fine_tuning_job_id") -> JobRow:
+def find_job(session: Session, job_id: str, owner: Owner, param: str = "fine_tuning_job_id") -> JobRow:
     """A fine-tuning job. Raises :class:`NotFound`."""
     job = session.scalar(visible_jobs(owner).where(JobRow.id == job_id))
     if job is None:
@@ -54,7 +54,7 @@ def find_job(session: Session, job_id: str, owner: str | None, param: str = "fin
     return job
 
 
-def find_run(session: Session, job_id: str, owner: str | None) -> JobRow:
+def find_run(session: Session, job_id: str, owner: Owner) -> JobRow:
     """A job of any kind: extractions and merges have events and logs, too. Raises :class:`NotFound`."""
     run = session.scalar(select(JobRow).where(JobRow.id == job_id, visible(JobRow, owner)))
     if run is None:
@@ -62,7 +62,7 @@ def find_run(session: Session, job_id: str, owner: str | None) -> JobRow:
     return run
 
 
-def find_file(session: Session, file_id: str, owner: str | None) -> FileRow:
+def find_file(session: Session, file_id: str, owner: Owner) -> FileRow:
     """A stored file by its id. Raises :class:`NotFound`."""
     row = session.scalar(usable_files(owner).where(FileRow.id == file_id))
     if row is None:
@@ -70,12 +70,14 @@ def find_file(session: Session, file_id: str, owner: str | None) -> FileRow:
     return row
 
 
-def find_data_file(session: Session, name: str, owner: str | None, param: str) -> FileRow:
-    """A stored file by its id, or the newest by its name, that was uploaded to be trained on.
+def find_data_file(session: Session, name: str, owner: Owner, param: str) -> FileRow:
+    """A stored file by its id, or the newest by its name, that was uploaded to be trained on. By name the
+    caller's own go before all that they see besides.
 
     Raises :class:`NotFound`, or :class:`InvalidRequest` for a file of another purpose.
     """
-    newest = (FileRow.purpose == DATA_PURPOSE).desc(), FileRow.created_at.desc(), FileRow.id
+    own = FileRow.owner.is_not_distinct_from(owner.id)
+    newest = (FileRow.purpose == DATA_PURPOSE).desc(), own.desc(), FileRow.created_at.desc(), FileRow.id
     usable = usable_files(owner)
     row = session.scalar(usable.where(FileRow.id == name)) or session.scalar(
         usable.where(FileRow.filename == name).order_by(*newest).limit(1)
@@ -96,13 +98,13 @@ def find_data_file(session: Session, name: str, owner: str | None, param: str) -
     return row
 
 
-def find_model(session: Session, model_id: str, owner: str | None, *kinds: str) -> ModelRow | None:
+def find_model(session: Session, model_id: str, owner: Owner, *kinds: str) -> ModelRow | None:
     """A model with a row (registered, or made by a job), of one of ``kinds`` or of any."""
     query = select(ModelRow).where(ModelRow.id == model_id, visible(ModelRow, owner))
     return session.scalar(query.where(ModelRow.kind.in_(kinds)) if kinds else query)
 
 
-def find_base_model(session: Session, settings: Settings, name: str, owner: str | None) -> ModelSpec:
+def find_base_model(session: Session, settings: Settings, name: str, owner: Owner) -> ModelSpec:
     """A registered base model or a merged one by its id, else what the catalogue knows by that name.
 
     Raises :class:`InvalidRequest` or :class:`NotFound`.
@@ -114,7 +116,7 @@ def find_base_model(session: Session, settings: Settings, name: str, owner: str 
     return catalog.resolve(settings, name)
 
 
-def find_checkpoint(session: Session, name: str, owner: str | None) -> tuple[CheckpointRow, JobRow]:
+def find_checkpoint(session: Session, name: str, owner: Owner) -> tuple[CheckpointRow, JobRow]:
     """A checkpoint by its id or its ``fine_tuned_model_checkpoint``, and its job. Raises :class:`NotFound`.
 
     Only what is in the table is found, so a path never leads to another directory.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
-from comps.cores.errors import ServiceError
-from comps.finetuning.dependencies import DatabaseDep, OwnerDep, SettingsDep
+from comps.cores.errors import NotFound, ServiceError
+from comps.finetuning.dependencies import DatabaseDep, OwnerDep, RepeatDep, SettingsDep
 from comps.finetuning.jobs.adapters import create_extract, create_merge
+from comps.finetuning.jobs.repeats import Repeat, keep, once
 from comps.finetuning.jobs.states import TERMINAL
 from comps.finetuning.schemas.adapters import AdapterAnswer, AdapterRequest, ExtractRequest, MergeRequest
-from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import JobRow
 
@@ -36,52 +39,81 @@ class RunBroke(ServiceError):
 @router.post("/finetune/extract_sub_adapter")
 @router.post("/sqft/extract_sub_adapter")
 async def extract_adapter(
-    body: ExtractRequest, request: Request, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+    body: ExtractRequest,
+    request: Request,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    database: DatabaseDep,
+    repeat: RepeatDep,
 ) -> AdapterAnswer:
     """Cut a sub-adapter out of a super-adapter. The answer comes when it is written."""
-    job = await run_in_threadpool(create_extract, database, settings, body, owner)
-    return await _answer(request, database, body, job)
+    make = partial(create_extract, database, settings, body, owner, repeat)
+    return await _answer(request, database, body, repeat, make)
 
 
 @router.post("/finetune/merge_adapter")
 @router.post("/ffinetune/merge_adapter")
 @router.post("/sqft/merge_adapter")
 async def merge_adapter(
-    body: MergeRequest, request: Request, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+    body: MergeRequest,
+    request: Request,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    database: DatabaseDep,
+    repeat: RepeatDep,
 ) -> AdapterAnswer:
     """Merge an adapter into its base model. The answer comes when the model is written."""
-    job = await run_in_threadpool(create_merge, database, settings, body, owner)
-    return await _answer(request, database, body, job)
+    make = partial(create_merge, database, settings, body, owner, repeat)
+    return await _answer(request, database, body, repeat, make)
 
 
-async def _answer(request: Request, database: Database, body: AdapterRequest, job: JobRow) -> AdapterAnswer:
+async def _answer(
+    request: Request,
+    database: Database,
+    body: AdapterRequest,
+    repeat: Repeat | None,
+    make: Callable[[], JobRow | AdapterAnswer],
+) -> AdapterAnswer:
+    def begin() -> JobRow | AdapterAnswer:
+        return once(database, repeat, make, lambda answer: _made_before(database, answer))
+
+    job = await run_in_threadpool(begin)
+    if isinstance(job, AdapterAnswer):
+        return job
     request.app.state.dispatcher.wake()
     if body.wait:
         # The work goes on when the client hangs up; the same request then finds it again.
         while job.status not in TERMINAL and not await request.is_disconnected():
             await asyncio.sleep(_POLL_SECONDS)
-            job = await run_in_threadpool(_again, database, job.id)
+            job = await run_in_threadpool(_again, database, job)
     if job.status in ("failed", "cancelled"):
         error = job.error or {"message": f"The {job.kind} {job.id} was {job.status}.", "code": "cancelled"}
         kind = RunBroke if error["code"] == "server_error" else RunFailed
         raise kind(error["message"], code=error["code"], param=error.get("param"))
-    from_job = (job.source or "").startswith("ft-job-")
-    known = {
-        "fine_tuning_job_id": job.source if from_job else None,
-        "id": job.id,
-        "object": f"fine_tuning.{job.kind}",
-        "created_at": int(job.created_at),
-        "status": job.status,
-        "model": None if from_job else job.source,
-        "adapter_version": job.version,
-        "path": job.spec["output"],
-        "fine_tuned_model": job.fine_tuned_model,
-        "warnings": request_warnings(body),
-    }
-    result = {key: value for key, value in (job.result or {}).items() if key not in ("outcome", "version")}
-    return AdapterAnswer.model_validate(known | {k: v for k, v in result.items() if k not in known})
+    answer = AdapterAnswer.of(job, body)
+    if repeat and job.status == "succeeded":
+        await run_in_threadpool(_keep_result, database, repeat, answer)
+    return answer
 
 
-def _again(database: Database, job_id: str) -> JobRow:
+def _made_before(database: Database, answer: dict[str, Any]) -> JobRow | AdapterAnswer | None:
+    """The run that a repeated request has made, unless that has failed; if it was deleted, its answer."""
     with database.reading() as session:
-        return session.scalars(select(JobRow).where(JobRow.id == job_id)).one()
+        job = session.scalar(select(JobRow).where(JobRow.id == answer["id"]))
+    if job is None:
+        return AdapterAnswer.model_validate(answer)
+    return None if job.status in ("failed", "cancelled") else job
+
+
+def _keep_result(database: Database, repeat: Repeat, answer: AdapterAnswer) -> None:
+    """What was kept at first says that the run is queued."""
+    with database.session() as session:
+        keep(session, repeat, answer)
+
+
+def _again(database: Database, job: JobRow) -> JobRow:
+    with database.reading() as session:
+        now = session.scalar(select(JobRow).where(JobRow.id == job.id))
+    if now is None:  # it ended, and its source was deleted with all that came of it
+        raise NotFound(f"The {job.kind} {job.id} was deleted.", code="job_deleted")
+    return now

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -13,8 +15,17 @@ from starlette.concurrency import run_in_threadpool
 from comps.cores.app import content
 from comps.cores.errors import Conflict, InvalidRequest
 from comps.cores.uploads import receive_upload
-from comps.finetuning.dependencies import BlobsDep, DatabaseDep, OwnerDep, ReaderDep, SettingsDep
+from comps.finetuning.dependencies import (
+    BlobsDep,
+    DatabaseDep,
+    IdempotencyKey,
+    OwnerDep,
+    ReaderDep,
+    SettingsDep,
+)
 from comps.finetuning.jobs.find import find_file, needs_file, usable_files, visible
+from comps.finetuning.jobs.repeats import Repeat, claim, digest, keep, once
+from comps.finetuning.jobs.uses import shown
 from comps.finetuning.schemas.files import (
     FileDeleted,
     FileList,
@@ -52,7 +63,12 @@ _UPLOAD_FORM: dict[str, Any] = {
 
 @router.post("", openapi_extra=_UPLOAD_FORM)
 async def upload_file(
-    request: Request, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep, blobs: BlobsDep
+    request: Request,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    database: DatabaseDep,
+    blobs: BlobsDep,
+    key: IdempotencyKey = None,
 ) -> FileObject:
     """Store a file; its bytes go to the disk as they arrive."""
     file_id = new_id("file")
@@ -71,18 +87,29 @@ async def upload_file(
             sha256=writer.sha256,
             created_at=(now := time.time()),
             expires_at=now + seconds if (seconds := lifetime(upload.fields)) else None,
-            owner=owner,
+            owner=owner.id,
         )
-        return await run_in_threadpool(_keep, database, blobs, writer, row)
+        repeat = None
+        if key is not None:
+            # The bytes as they came would not do: each time they have another boundary.
+            sent = json.dumps([upload.filename, upload.fields, writer.sha256], sort_keys=True)
+            repeat = Repeat(owner.id or "", key, digest(request.method, request.url.path, sent.encode()))
+        make = partial(_keep, database, blobs, writer, row, repeat)
+        return await run_in_threadpool(once, database, repeat, make, FileObject.model_validate)
     finally:
         writer.discard()
 
 
-def _keep(database: Database, blobs: Blobs, writer: BlobWriter, row: FileRow) -> FileObject:
+def _keep(
+    database: Database, blobs: Blobs, writer: BlobWriter, row: FileRow, repeat: Repeat | None
+) -> FileObject:
     writer.publish()
     try:
         with database.session() as session:
+            claim(session, repeat)
             session.add(row)
+            session.flush()
+            keep(session, repeat, FileObject.of(row))
     except BaseException:
         blobs.delete(row.id)
         raise
@@ -139,9 +166,9 @@ def delete_file(file_id: str, owner: OwnerDep, database: DatabaseDep, blobs: Blo
     """Remove a file that no unfinished job needs."""
     with database.session() as session:
         row = find_file(session, file_id, owner)
-        job = session.scalar(select(JobRow.id).where(needs_file(row.id)).limit(1))
+        job = session.scalar(select(JobRow).where(needs_file(row.id)).limit(1))
         if job is not None:
-            message = f"The file {row.id} is used by the job {job}, which has not ended."
+            message = f"The file {row.id} is used by {shown(job, owner)}, which has not ended."
             raise Conflict(message, param="file_id")
         session.delete(row)
     blobs.delete(file_id)

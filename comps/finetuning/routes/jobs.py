@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, list, retrieve, cancel, pause, resume."""
+"""Fine-tuning jobs: create, list, retrieve, cancel, pause, resume, delete."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from comps.finetuning.dependencies import (
     DatabaseDep,
     OwnerDep,
     ReaderDep,
+    RepeatDep,
     SessionDep,
     SettingsDep,
 )
 from comps.finetuning.jobs import control
 from comps.finetuning.jobs.create import create_fine_tuning_job
+from comps.finetuning.jobs.delete import delete_job
 from comps.finetuning.jobs.find import find_job, visible_jobs
+from comps.finetuning.jobs.repeats import once
 from comps.finetuning.routes.pages import After, Limit, newest_first
-from comps.finetuning.schemas.job_object import FineTuningJob, JobList
+from comps.finetuning.schemas.job_object import FineTuningJob, JobDeleted, JobList
 from comps.finetuning.schemas.jobs import JobId, JobRequest
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.store.tables import JobRow
@@ -32,12 +35,21 @@ JobPath = Annotated[str, Path(max_length=200)]
 @router.post("/fine_tuning/jobs")
 @router.post("/sqft/jobs")
 def create_job(
-    body: JobRequest, request: Request, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+    body: JobRequest,
+    request: Request,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    database: DatabaseDep,
+    repeat: RepeatDep,
 ) -> FineTuningJob:
     """Ask for an adapter to be trained. The answer comes at once; the job's status tells the rest."""
-    job = create_fine_tuning_job(database, settings, request.app.state.secrets, body, owner)
-    request.app.state.dispatcher.wake()
-    return FineTuningJob.of(job, settings)
+
+    def make() -> FineTuningJob:
+        job = create_fine_tuning_job(database, settings, request.app.state.secrets, body, owner, repeat)
+        request.app.state.dispatcher.wake()
+        return FineTuningJob.of(job, settings)
+
+    return once(database, repeat, make, FineTuningJob.model_validate)
 
 
 @router.get("/fine_tuning/jobs")
@@ -97,6 +109,16 @@ def retrieve_job(
 ) -> FineTuningJob:
     """One job."""
     return FineTuningJob.of(find_job(session, fine_tuning_job_id, owner), settings)
+
+
+@router.delete("/fine_tuning/jobs/{fine_tuning_job_id}")
+def remove_job(
+    fine_tuning_job_id: JobPath, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+) -> JobDeleted:
+    """Remove a job that has ended with all that came of it: its adapter, checkpoints, events and log, its
+    sub-adapters and merged models. Refused while something else needs a part of it."""
+    delete_job(database, settings, fine_tuning_job_id, owner)
+    return JobDeleted(id=fine_tuning_job_id)
 
 
 @router.post("/fine_tuning/jobs/{fine_tuning_job_id}/cancel")

@@ -16,6 +16,7 @@ from comps.cores.app import content
 from comps.finetuning.dependencies import DatabaseDep, OwnerDep, SettingsDep
 from comps.finetuning.jobs.find import find_run
 from comps.finetuning.jobs.states import TERMINAL
+from comps.finetuning.owner import Owner
 from comps.finetuning.routes.jobs import JobPath
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import JobRow
@@ -65,7 +66,7 @@ async def job_logs(
     return StreamingResponse(text, media_type="text/plain; charset=utf-8")
 
 
-def _known_id(database: Database, job_id: str, owner: str | None) -> str:
+def _known_id(database: Database, job_id: str, owner: Owner) -> str:
     with database.reading() as session:
         return find_run(session, job_id, owner).id
 

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi import Path as PathParameter
-from sqlalchemy import ColumnElement, SQLColumnExpression, delete, or_, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
-from comps.finetuning.dependencies import DatabaseDep, OwnerDep, ReaderDep, SettingsDep
+from comps.finetuning.dependencies import DatabaseDep, OwnerDep, ReaderDep, RepeatDep, SettingsDep
 from comps.finetuning.jobs.adapters import versions_directory
 from comps.finetuning.jobs.find import find_base_model, find_model, visible
-from comps.finetuning.jobs.states import ACTIVE
+from comps.finetuning.jobs.repeats import Repeat, claim, keep, once
+from comps.finetuning.jobs.uses import check_not_a_base, check_not_read, is_in, shown
+from comps.finetuning.owner import Owner
 from comps.finetuning.registry import inspect_directory
 from comps.finetuning.schemas.models import ModelDeleted, ModelList, ModelObject, RegisterModel
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.settings import Settings
-from comps.finetuning.store.tables import CheckpointRow, JobRow, ModelRow
-from comps.finetuning.sweep import DELETED
+from comps.finetuning.store.database import Database
+from comps.finetuning.store.removal import removal
+from comps.finetuning.store.tables import CheckpointRow, ModelRow
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
-
-# Where a run's spec says what directories it reads.
-_INPUTS: tuple[Any, ...] = (("base_model", "path"), "adapter", "super_adapter", "resume_from")
 
 ModelId = Annotated[str, PathParameter(max_length=1000)]
 
@@ -55,9 +54,20 @@ def list_models(owner: OwnerDep, settings: SettingsDep, session: ReaderDep) -> M
 
 @router.post("")
 def register_model(
-    body: RegisterModel, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
+    body: RegisterModel,
+    owner: OwnerDep,
+    settings: SettingsDep,
+    database: DatabaseDep,
+    repeat: RepeatDep,
 ) -> ModelObject:
     """Give a directory under the models root a name: a base model, or a super-adapter trained elsewhere."""
+    make = partial(_register, body, owner, settings, database, repeat)
+    return once(database, repeat, make, ModelObject.model_validate)
+
+
+def _register(
+    body: RegisterModel, owner: Owner, settings: Settings, database: Database, repeat: Repeat | None
+) -> ModelObject:
     # Files are read outside any transaction, so that a slow disk holds nobody up.
     found = inspect_directory(settings.models_dir, body.path)
     local = catalog.find_local_model(settings.models_dir, body.id)
@@ -71,20 +81,24 @@ def register_model(
     row = ModelRow(
         id=body.id,
         kind=found.kind,
-        owner=owner,
+        owner=owner.id,
         path=str(found.directory),
         base_model=base_model,
         details={},
     )
     with database.session() as session:
+        claim(session, repeat)
         if session.get(ModelRow, body.id) is not None:
             raise Conflict(f"There is already a model {body.id!r}.", param="id")
         session.add(row)
-    return ModelObject.of(row, request_warnings(body))
+        session.flush()
+        answer = ModelObject.of(row, request_warnings(body))
+        keep(session, repeat, answer)
+    return answer
 
 
 def _base_model(
-    session: Session, settings: Settings, body: RegisterModel, from_config: str | None, owner: str | None
+    session: Session, settings: Settings, body: RegisterModel, from_config: str | None, owner: Owner
 ) -> str | None:
     """The base model's name: the given one must be known, the adapter's own is taken as it is."""
     if body.base_model is not None:
@@ -121,8 +135,7 @@ def delete_model(
     model_id: ModelId, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
 ) -> ModelDeleted:
     """Forget a registered model (its files stay), or remove a model that a job made with its files."""
-    put_aside = None
-    with database.session() as session:
+    with removal(settings.data_dir) as taken, database.session() as session:
         row = find_model(session, model_id, owner)
         if row is None:
             if found_on_disk(settings, model_id):
@@ -131,43 +144,27 @@ def delete_model(
                 )
                 raise Conflict(message, param="model")
             raise _unknown(model_id)
-        _check_unused(session, settings, row)
+        _check_unused(session, settings, row, owner)
         session.delete(row)
         path = Path(row.path)
         ours = path.is_relative_to(settings.data_dir) and not path.is_relative_to(settings.models_dir)
         if _made_here(row) and ours:
-            session.execute(delete(CheckpointRow).where(_is_in(CheckpointRow.path, row.path)))
-            put_aside = _put_aside(settings, path)
-    if put_aside:
-        shutil.rmtree(put_aside)
+            session.execute(delete(CheckpointRow).where(is_in(CheckpointRow.path, row.path)))
+            taken.take(path)
     return ModelDeleted(id=model_id)
 
 
-def _put_aside(settings: Settings, path: Path) -> Path | None:
-    """Take the files of a model away at once; removing them takes a while, and goes on at the next start."""
-    area = settings.data_dir / path.relative_to(settings.data_dir).parts[0]
-    aside = area / f"{DELETED}{uuid.uuid4().hex}"
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return None
-    return aside
-
-
-def _check_unused(session: Session, settings: Settings, row: ModelRow) -> None:
-    reads = or_(*(_is_in(JobRow.spec[name].as_string(), row.path) for name in _INPUTS))
-    used = select(JobRow.id).where(reads, JobRow.status.in_(ACTIVE))
-    if job := session.scalar(used.limit(1)):
-        raise Conflict(f"The model {row.id!r} is used by the job {job}, which has not ended.", param="model")
+def _check_unused(session: Session, settings: Settings, row: ModelRow, owner: Owner) -> None:
+    thing, made_here = f"The model {row.id!r}", _made_here(row)
+    check_not_read(session, thing, row.path, owner, "model")
+    check_not_a_base(session, thing, [row.id], row.path if made_here else None, owner, "model")
     # What was made of a registered super-adapter would be taken for that of the next one of this name.
-    versions = row.path if _made_here(row) else str(versions_directory(settings, row.id))
-    made_of_it = select(ModelRow.id).where(ModelRow.id != row.id, _is_in(ModelRow.path, versions))
-    if other := session.scalar(made_of_it.limit(1)):
-        raise Conflict(f"The model {other!r} was made of {row.id!r}: delete that model first.", param="model")
-
-
-def _is_in(path: SQLColumnExpression[str], directory: str) -> ColumnElement[bool]:
-    return or_(path == directory, path.startswith(f"{directory}/", autoescape=True))
+    versions = row.path if made_here else str(versions_directory(settings, row.id))
+    made_of_it = select(ModelRow).where(ModelRow.id != row.id, is_in(ModelRow.path, versions))
+    if (other := session.scalar(made_of_it.limit(1))) is not None:
+        who = shown(other, owner)
+        message = f"{who[0].upper()}{who[1:]} was made of {row.id!r}: delete that model first."
+        raise Conflict(message, param="model")
 
 
 def _made_here(row: ModelRow) -> bool:

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from comps.finetuning.schemas.jobs import Name
-from comps.finetuning.schemas.tolerant import Integer, Tolerant
+from comps.finetuning.schemas.tolerant import Integer, Tolerant, request_warnings
+from comps.finetuning.store.tables import JobRow
 
 # Names that the output directory of a job has other uses for, whatever their case.
 _RESERVED = re.compile(
@@ -72,3 +73,24 @@ class AdapterAnswer(BaseModel):
     path: str
     fine_tuned_model: str | None
     warnings: list[str]
+
+    @classmethod
+    def of(cls, job: JobRow, request: AdapterRequest) -> AdapterAnswer:
+        """The answer to ``request`` in the present state of its run."""
+        from_job = (job.source or "").startswith("ft-job-")
+        known = {
+            "fine_tuning_job_id": job.source if from_job else None,
+            "id": job.id,
+            "object": f"fine_tuning.{job.kind}",
+            "created_at": int(job.created_at),
+            "status": job.status,
+            "model": None if from_job else job.source,
+            "adapter_version": job.version,
+            "path": job.spec["output"],
+            "fine_tuned_model": job.fine_tuned_model,
+            "warnings": request_warnings(request),
+        }
+        result = {
+            key: value for key, value in (job.result or {}).items() if key not in ("outcome", "version")
+        }
+        return cls.model_validate(known | {k: v for k, v in result.items() if k not in known})

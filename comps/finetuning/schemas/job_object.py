@@ -97,3 +97,9 @@ class JobList(BaseModel):
     object: Literal["list"] = "list"
     data: list[FineTuningJob]
     has_more: bool
+
+
+class JobDeleted(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job.deleted"] = "fine_tuning.job.deleted"
+    deleted: bool = True
