@@ -7,8 +7,11 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import Headers
 
+from comps.cores.docs_page import DOCS_POLICY, docs_page
 from comps.cores.errors import ErrorBody, add_error_handlers
 from comps.cores.middleware import Guard, HeadAsGet, JsonBodies, RequestLog
 from comps.cores.statistics import RequestStatistics
@@ -30,27 +33,32 @@ def create_component(
     lifespan: Lifespan,
     health: Callable[[], dict[str, Any]],
     max_body_bytes: int,
+    body_timeout: float = 60,
     uploads: Collection[str] = (),
+    admit: Callable[[Headers], object] = lambda _: None,
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
 ) -> FastAPI:
     """An application with OPEA's common routes, error envelope, request log, metrics and guards.
 
     ``name`` is the key in ``/v1/statistics`` (OPEA writes ``opea_service@finetuning``), ``health``
-    gives what ``/v1/health_check`` says besides title, version and description. ``max_body_bytes`` and
-    ``uploads`` are explained in :class:`comps.cores.middleware.JsonBodies`, ``hosts`` and ``origins`` in
+    gives what ``/v1/health_check`` says besides title, version and description. ``max_body_bytes``,
+    ``body_timeout`` (seconds), ``uploads`` and ``admit`` are explained in
+    :class:`comps.cores.middleware.JsonBodies`, ``hosts`` and ``origins`` in
     :class:`comps.cores.middleware.Guard`.
     """
     # A path with a slash too many is answered with a sentence, not with a redirect that has no body.
+    # FastAPI's own pages load their scripts from elsewhere.
     app = FastAPI(
         title=title, description=description, version=version, lifespan=lifespan, redirect_slashes=False,
+        docs_url=None, redoc_url=None,
         responses={"default": {"model": ErrorBody, "description": "A refusal, or a failure"}},
     )  # fmt: skip
     statistics = RequestStatistics(name)
     app.state.statistics = statistics
     add_error_handlers(app)
     # The last added is the outermost.
-    app.add_middleware(JsonBodies, limit=max_body_bytes, uploads=uploads)
+    app.add_middleware(JsonBodies, limit=max_body_bytes, uploads=uploads, admit=admit, patience=body_timeout)
     app.add_middleware(Guard, hosts=hosts, origins=origins)
     app.add_middleware(RequestLog, statistics=statistics)
     app.add_middleware(HeadAsGet)
@@ -71,5 +79,10 @@ def create_component(
     def metrics() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(statistics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        """The routes and what they take, for people."""
+        return HTMLResponse(docs_page(app.openapi()), headers={"content-security-policy": DOCS_POLICY})
 
     return app

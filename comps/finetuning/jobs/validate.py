@@ -44,7 +44,7 @@ def validate(job: JobRow, token: str | None) -> Verdict:
             return Verdict((f"The file {name} was deleted before the job began.", code, param))
     if not spec.base_model.local:
         try:
-            check_on_hub(spec.base_model.path, token)
+            check_on_hub(spec.base_model.path, token, spec.base_model.trust_remote_code)
         except ServiceError as error:
             return Verdict((error.message, error.code or "invalid_model", error.param))
     return Verdict(warnings=warnings)
