@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import Headers
 
 from comps.cores.docs_page import DOCS_POLICY, docs_page
+from comps.cores.entrance import Entrance
 from comps.cores.errors import ErrorBody, add_error_handlers
 from comps.cores.middleware import Guard, HeadAsGet, JsonBodies, RequestLog
 from comps.cores.statistics import RequestStatistics
@@ -33,19 +33,19 @@ def create_component(
     lifespan: Lifespan,
     health: Callable[[], dict[str, Any]],
     max_body_bytes: int,
-    body_timeout: float = 60,
+    body_seconds: float = 60,
+    admit: Callable[[Request], object] = lambda _: None,
     uploads: Collection[str] = (),
-    admit: Callable[[Headers], object] = lambda _: None,
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
 ) -> FastAPI:
     """An application with OPEA's common routes, error envelope, request log, metrics and guards.
 
     ``name`` is the key in ``/v1/statistics`` (OPEA writes ``opea_service@finetuning``), ``health``
-    gives what ``/v1/health_check`` says besides title, version and description. ``max_body_bytes``,
-    ``body_timeout`` (seconds), ``uploads`` and ``admit`` are explained in
-    :class:`comps.cores.middleware.JsonBodies`, ``hosts`` and ``origins`` in
-    :class:`comps.cores.middleware.Guard`.
+    gives what ``/v1/health_check`` says besides title, version and description. ``max_body_bytes`` and
+    ``uploads`` are explained in :class:`comps.cores.middleware.JsonBodies`, ``hosts`` and ``origins`` in
+    :class:`comps.cores.middleware.Guard`, ``body_seconds`` and ``admit`` in
+    :class:`comps.cores.entrance.Entrance`.
     """
     # A path with a slash too many is answered with a sentence, not with a redirect that has no body.
     # FastAPI's own pages load their scripts from elsewhere.

@@ -6,28 +6,18 @@ route and a client that hangs up.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from comps.cores.errors import (
-    BadHost,
-    Forbidden,
-    ServiceError,
-    SlowRequest,
-    TooLarge,
-    UnsupportedEncoding,
-    error_response,
-    request_ids,
-)
+from comps.cores.errors import BadHost, Forbidden, ServiceError, TooLarge, error_response, request_ids
 from comps.cores.json_body import read_json
 from comps.cores.logging import request_id
 from comps.cores.statistics import RequestStatistics
@@ -157,25 +147,12 @@ class JsonBodies:
     A body is JSON whatever its Content-Type says, if it has one at all (curl's ``-d`` calls everything a
     form). What was read stays in the request's state as ``json``, so that an error can repeat the ids it
     names. Multipart bodies pass to the paths in ``uploads``, whose routes stream them.
-
-    ``admit`` looks at the headers before any of the body is read, and raises for a stranger. A client that
-    is silent for ``patience`` seconds in the midst of its body, or takes that long for all of a JSON one, is
-    refused.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        limit: int,
-        uploads: Collection[str],
-        admit: Callable[[Headers], object],
-        patience: float,
-    ) -> None:
+    def __init__(self, app: ASGIApp, limit: int, uploads: Collection[str]) -> None:
         self.app = app
         self.limit = limit
         self.uploads = uploads
-        self.admit = admit
-        self.patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in _SAFE_METHODS:
@@ -183,23 +160,17 @@ class JsonBodies:
             return
         headers = MutableHeaders(scope=scope)
         multipart = headers.get("content-type", "").lower().startswith("multipart/")
-        streamed = multipart and scope["path"] in self.uploads
+        if multipart and scope["path"] in self.uploads:
+            await self.app(scope, receive, send)
+            return
+        headers["content-type"] = "application/json"
         try:
-            self.admit(headers)
-            if (encoding := headers.get("content-encoding", "identity").strip().lower()) != "identity":
-                raise UnsupportedEncoding(
-                    f"The request body is encoded with {encoding[:40]!r}; send it as it is."
-                )
-            body = b"" if streamed else await self._read(scope, receive)
+            body = await self._read(scope, receive)
             if body:
                 scope.setdefault("state", {})["json"], body = read_json(body)
         except ServiceError as error:
             await error_response(error)(scope, receive, send)
             return
-        if streamed:
-            await self.app(scope, self._impatient(receive), send)
-            return
-        headers["content-type"] = "application/json"
         given = False
 
         async def replay() -> Message:
@@ -213,31 +184,8 @@ class JsonBodies:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         body = bytearray()
-        try:
-            async with asyncio.timeout(self.patience):
-                async for chunk in Request(scope, receive).stream():
-                    body += chunk
-                    if len(body) > self.limit:
-                        raise TooLarge(f"The request body is larger than the limit of {self.limit} bytes.")
-        except TimeoutError:
-            raise self._too_slow() from None
+        async for chunk in Request(scope, receive).stream():
+            body += chunk
+            if len(body) > self.limit:
+                raise TooLarge(f"The request body is larger than the limit of {self.limit} bytes.")
         return bytes(body)
-
-    def _impatient(self, receive: Receive) -> Receive:
-        """``receive``, until the body has ended; after that it waits for the client to hang up."""
-        ended = False
-
-        async def receive_in_time() -> Message:
-            nonlocal ended
-            try:
-                async with asyncio.timeout(None if ended else self.patience):
-                    message = await receive()
-            except TimeoutError:
-                raise self._too_slow() from None
-            ended = not message.get("more_body", False)
-            return message
-
-        return receive_in_time
-
-    def _too_slow(self) -> SlowRequest:
-        return SlowRequest(f"The request body did not arrive within {self.patience:g} seconds.")

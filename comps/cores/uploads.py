@@ -125,8 +125,6 @@ async def receive_upload(request: Request, file_field: str, destination: Destina
     try:
         parser = upload.parser(options[b"boundary"])
         async for chunk in request.stream():
-            if upload.ended and chunk.strip(b"\r\n"):
-                raise InvalidRequest("The upload goes on after its final boundary.")
             parser.write(chunk)
             if len(upload.pending) >= _BLOCK:
                 await flush()

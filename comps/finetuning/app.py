@@ -7,7 +7,6 @@ import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import comps
 from comps.cores.app import create_component
 from comps.cores.errors import StartupError
 from comps.finetuning.cluster import Cluster
-from comps.finetuning.dependencies import owner_of
+from comps.finetuning.dependencies import get_owner
 from comps.finetuning.jobs.dispatcher import Dispatcher
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.metrics import StoreMetrics
@@ -104,8 +103,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         health=health,
         max_body_bytes=settings.max_body_bytes,
-        body_timeout=settings.body_timeout,
-        admit=partial(owner_of, settings),
+        body_seconds=settings.body_seconds,
+        admit=lambda request: get_owner(request, settings),
         uploads=("/v1/files",),
         hosts=answered_hosts(settings),
         origins=settings.allowed_hosts,

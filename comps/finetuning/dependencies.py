@@ -9,7 +9,6 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 from sqlalchemy.orm import Session
-from starlette.datastructures import Headers
 
 from comps.cores.errors import Unauthorized
 from comps.finetuning.settings import Settings
@@ -45,18 +44,13 @@ def bearer_key(header: str | None) -> str | None:
 
 
 def get_owner(request: Request, settings: SettingsDep) -> str | None:
-    """Who calls; see :func:`owner_of`. Routers take this as a dependency, which guards all their routes."""
-    return owner_of(settings, request.headers)
+    """Who calls: a digest of the key, or ``None`` when the service has no keys.
 
-
-def owner_of(settings: Settings, headers: Headers) -> str | None:
-    """A digest of the key that a request's headers bring, or ``None`` when the service has no keys.
-
-    Raises :class:`Unauthorized`.
+    Raises :class:`Unauthorized`. Routers take this as a dependency, which guards all their routes.
     """
     if not settings.api_keys:
         return None
-    key = bearer_key(headers.get("authorization"))
+    key = bearer_key(request.headers.get("authorization"))
     if key is None:
         raise Unauthorized("This service needs an API key: send it as 'Authorization: Bearer KEY'.")
     sent = key.encode()

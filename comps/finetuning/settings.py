@@ -86,9 +86,7 @@ class Settings(BaseSettings):
     )
     max_upload_bytes: int = Field(512 * 2**20, ge=1, description="Largest uploaded file, in bytes.")
     max_body_bytes: int = Field(2**20, ge=1, description="Largest JSON body, in bytes.")
-    body_timeout: float = Field(
-        60, gt=0, description="Seconds that a client may take for a JSON body, or be silent within an upload."
-    )
+    body_seconds: float = Field(60, gt=0, description="Seconds that a JSON body may take to arrive.")
     max_attempts: int = Field(
         3, ge=1, description="Deaths in a row, without a new checkpoint, after which a job fails."
     )
