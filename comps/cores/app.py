@@ -58,7 +58,8 @@ def create_component(
     app.state.statistics = statistics
     add_error_handlers(app)
     # The last added is the outermost.
-    app.add_middleware(JsonBodies, limit=max_body_bytes, uploads=uploads, admit=admit, patience=body_timeout)
+    app.add_middleware(JsonBodies, limit=max_body_bytes, uploads=uploads)
+    app.add_middleware(Entrance, admit=admit, patience=body_seconds)
     app.add_middleware(Guard, hosts=hosts, origins=origins)
     app.add_middleware(RequestLog, statistics=statistics)
     app.add_middleware(HeadAsGet)

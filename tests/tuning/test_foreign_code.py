@@ -251,7 +251,7 @@ def faults(source: str) -> list[str]:
 @pytest.mark.parametrize(
     "line",
     [
-        "torch.load(path)", "torch.load(path, weights_only=False)", "import pickle", "from pickle import loads",
+        "torch.load(path)", "torch.load(path, weights_only=False)", "import pickle", "from dill import loads",
         "np.load(path, allow_pickle=True)", "yaml.load(text)", "subprocess.run(line, shell=True)",
         "os.system(line)", "eval(text)", "AutoModel.from_pretrained(name, trust_remote_code=True)",
     ],

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from comps.cores.errors import ServiceError
 from comps.finetuning.catalog import check_on_hub
 from comps.finetuning.store.tables import JobRow
-from comps.tuning.data.records import validate_file
+from comps.tuning.data.apart import validate_safely
 from comps.tuning.errors import DataError
 from comps.tuning.spec import TrainSpec
 
@@ -37,7 +37,7 @@ def validate(job: JobRow, token: str | None) -> Verdict:
     warnings: list[str] = []
     for path, name, param, code in files:
         try:
-            warnings += validate_file(path, name, spec.task).warnings
+            warnings += validate_safely(path, name, spec.task).warnings
         except DataError as error:
             return Verdict((error.message, code, param))
         except FileNotFoundError:
