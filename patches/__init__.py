@@ -25,6 +25,7 @@ def apply() -> None:
     Raises:
         PatchError: a seam is missing; the sentence names the library and its version.
     """
-    from patches import peft
+    from patches import peft, transformers
 
     peft.check_seam()
+    transformers.causal_lm_types()

@@ -6,9 +6,12 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from comps.cores.docs_page import DOCS_POLICY, docs_page
+from comps.cores.entrance import Entrance
 from comps.cores.errors import ErrorBody, add_error_handlers
 from comps.cores.middleware import Guard, HeadAsGet, JsonBodies, RequestLog
 from comps.cores.statistics import RequestStatistics
@@ -30,6 +33,8 @@ def create_component(
     lifespan: Lifespan,
     health: Callable[[], dict[str, Any]],
     max_body_bytes: int,
+    body_seconds: float = 60,
+    admit: Callable[[Request], object] = lambda _: None,
     uploads: Collection[str] = (),
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
@@ -39,11 +44,14 @@ def create_component(
     ``name`` is the key in ``/v1/statistics`` (OPEA writes ``opea_service@finetuning``), ``health``
     gives what ``/v1/health_check`` says besides title, version and description. ``max_body_bytes`` and
     ``uploads`` are explained in :class:`comps.cores.middleware.JsonBodies`, ``hosts`` and ``origins`` in
-    :class:`comps.cores.middleware.Guard`.
+    :class:`comps.cores.middleware.Guard`, ``body_seconds`` and ``admit`` in
+    :class:`comps.cores.entrance.Entrance`.
     """
     # A path with a slash too many is answered with a sentence, not with a redirect that has no body.
+    # FastAPI's own pages load their scripts from elsewhere.
     app = FastAPI(
         title=title, description=description, version=version, lifespan=lifespan, redirect_slashes=False,
+        docs_url=None, redoc_url=None,
         responses={"default": {"model": ErrorBody, "description": "A refusal, or a failure"}},
     )  # fmt: skip
     statistics = RequestStatistics(name)
@@ -51,6 +59,7 @@ def create_component(
     add_error_handlers(app)
     # The last added is the outermost.
     app.add_middleware(JsonBodies, limit=max_body_bytes, uploads=uploads)
+    app.add_middleware(Entrance, admit=admit, patience=body_seconds)
     app.add_middleware(Guard, hosts=hosts, origins=origins)
     app.add_middleware(RequestLog, statistics=statistics)
     app.add_middleware(HeadAsGet)
@@ -71,5 +80,10 @@ def create_component(
     def metrics() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(statistics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        """The routes and what they take, for people."""
+        return HTMLResponse(docs_page(app.openapi()), headers={"content-security-policy": DOCS_POLICY})
 
     return app

@@ -9,7 +9,9 @@
     +-- Forbidden            403  known, but not allowed
     +-- NotFound             404
     +-- Conflict             409  the thing's state does not allow it; asking again will not help
+    +-- SlowRequest          408  the body did not come
     +-- TooLarge             413
+    +-- UnsupportedEncoding  415  the body is compressed
     +-- Unavailable          503  for now; asking again may help
     +-- InsufficientStorage  507  the disk is full
 
@@ -87,8 +89,16 @@ class Conflict(ServiceError):
     headers: ClassVar[Mapping[str, str]] = {"x-should-retry": "false"}
 
 
+class SlowRequest(ServiceError):
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
 class TooLarge(ServiceError):
     status, type, code = 413, "invalid_request_error", "too_large"
+
+
+class UnsupportedEncoding(ServiceError):
+    status, type, code = 415, "invalid_request_error", "unsupported_encoding"
 
 
 class Unavailable(ServiceError):

@@ -26,6 +26,13 @@ log = logging.getLogger("comps.requests")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# What browsers are told about every answer; a page of ours says for itself what it may load.
+_FOR_BROWSERS = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 
 
 class RequestLog:
@@ -53,7 +60,8 @@ class RequestLog:
                 self._record(scope, message["status"], time.perf_counter() - started)
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = current
-                headers["x-content-type-options"] = "nosniff"
+                for name, value in _FOR_BROWSERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:

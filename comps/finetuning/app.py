@@ -16,6 +16,7 @@ import comps
 from comps.cores.app import create_component
 from comps.cores.errors import StartupError
 from comps.finetuning.cluster import Cluster
+from comps.finetuning.dependencies import get_owner
 from comps.finetuning.jobs.dispatcher import Dispatcher
 from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.secrets import Secrets
@@ -106,6 +107,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         health=health,
         max_body_bytes=settings.max_body_bytes,
+        body_seconds=settings.body_seconds,
+        admit=lambda request: get_owner(request, settings),
         uploads=("/v1/files",),
         hosts=answered_hosts(settings),
         origins=settings.allowed_hosts,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from comps.finetuning.settings import Settings
 from comps.finetuning.weights import WeightsError, read_headers, weights_files
 from comps.tuning.export.files import VOCABULARIES, has_tokenizer
 from comps.tuning.spec import ModelSpec
+from patches.transformers import causal_lm_types
 
 MAX_NAME = 200
 
@@ -60,12 +62,17 @@ def find_local_model(models_dir: Path, name: str) -> Path | None:
 
 
 def list_local_models(models_dir: Path) -> list[str]:
-    """The names of the models under the models root, ``name`` and ``org/name``, sorted."""
+    """The names of the models under the models root, ``name`` and ``org/name``, sorted.
+
+    What a link leads to is only one of them when it lies under the root, too.
+    """
+    root = models_dir.resolve()
     return sorted(
         path.parent.relative_to(models_dir).as_posix()
         for pattern in ("*/config.json", "*/*/config.json")
         for path in models_dir.glob(pattern)
         if _NAME.fullmatch(path.parent.relative_to(models_dir).as_posix())
+        and path.parent.resolve().is_relative_to(root)
     )
 
 
@@ -75,23 +82,35 @@ def resolve(settings: Settings, name: str) -> ModelSpec:
     Raises :class:`InvalidRequest` for what is not a name, :class:`NotFound` with the places looked at.
     """
     directory = find_local_model(settings.models_dir, name) or _cached(name)
+    own_code = name in settings.trust_remote_code_models
     if directory is not None:
-        return ModelSpec(name=name, path=str(directory))
+        return ModelSpec(name=name, path=str(directory), trust_remote_code=own_code)
     if settings.hf_hub_offline or not _HUB_ID.fullmatch(name):
         why = "the hub is not asked, since HF_HUB_OFFLINE is set" if settings.hf_hub_offline else "no hub id"
         raise model_not_found(
             f"There is no base model {name!r}: it is not in the models root ({settings.models_dir}), nor in "
             f"the Hugging Face cache; {why}."
         )
-    return ModelSpec(name=name, path=name, local=False)
+    return ModelSpec(name=name, path=name, local=False, trust_remote_code=own_code)
+
+
+def runs_own_code(settings: Settings, directory: Path) -> bool:
+    """Whether the operator lets the model in ``directory`` run code that comes with it.
+
+    What counts is where it lies, not the name that a client has registered it under.
+    """
+    root = settings.models_dir.resolve()
+    if not directory.is_relative_to(root):
+        return False
+    return directory.relative_to(root).as_posix() in settings.trust_remote_code_models
 
 
 def model_not_found(message: str) -> NotFound:
     return NotFound(message, param="model", code="model_not_found")
 
 
-def check_on_hub(name: str, token: str | None) -> None:
-    """Ask the hub for a model that can be trained on.
+def check_on_hub(name: str, token: str | None, own_code: bool = False) -> None:
+    """Ask the hub for a model that can be trained on; with ``own_code`` its type may be one of its own.
 
     Raises :class:`NotFound`, :class:`InvalidRequest` for a gated model or one that lacks files, and
     :class:`Unavailable` when the hub does not answer.
@@ -120,16 +139,17 @@ def check_on_hub(name: str, token: str | None) -> None:
 
     files = {sibling.rfilename for sibling in model.siblings or ()}
     if not any("/" not in file and file.endswith(".safetensors") for file in files):
-        lacking = "safetensors weights; pickled weights are never loaded"
+        fault: str | None = "has no safetensors weights; pickled weights are never loaded"
     elif "config.json" not in files:
-        lacking = "config.json"
+        fault = "has no config.json"
     elif files.isdisjoint(VOCABULARIES):
-        lacking = "tokenizer, so it cannot be trained on"
+        fault = "has no tokenizer, so it cannot be trained on"
     else:
-        return
-    raise InvalidRequest(
-        f"The model {name!r} on the Hugging Face hub has no {lacking}.", param="model", code="invalid_model"
-    )
+        # What the hub itself has read in the model's config.json; not of every model.
+        fault = _unsupported(model.config) if model.config and not own_code else None
+    if fault:
+        message = f"The model {name!r} on the Hugging Face hub {fault}."
+        raise InvalidRequest(message, param="model", code="invalid_model")
 
 
 def _cached(name: str) -> Path | None:
@@ -176,12 +196,30 @@ def check_mergeable(directory: Path) -> None:
     raise _unusable(directory, "has safetensors files without a tensor in them")
 
 
-def check_trainable(directory: Path) -> None:
-    """As :func:`check_mergeable`, and a tokenizer is needed too."""
+def check_trainable(directory: Path, own_code: bool = False) -> None:
+    """As :func:`check_mergeable`, and the model must have a tokenizer and be a causal language model of a
+    type that transformers knows, unless ``own_code`` of it may say what it is."""
     check_mergeable(directory)
+    if not own_code and (fault := _unsupported(read_config(directory))):
+        raise _unusable(directory, fault)
     if not has_tokenizer(directory):
         names = ", ".join(VOCABULARIES)
         raise _unusable(directory, f"has no tokenizer ({names}), so it cannot be trained on")
+
+
+def _unsupported(config: Mapping[str, Any]) -> str | None:
+    """Why a model with this config.json cannot be trained, as the rest of a sentence."""
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in causal_lm_types():
+        return None
+    if config.get("auto_map"):
+        return (
+            "needs code of its own, which only the operator can allow (FINETUNING_TRUST_REMOTE_CODE_MODELS)"
+        )
+    if not kind or not isinstance(kind, str):
+        return "has a config.json without a model_type"
+    library = f"transformers {version('transformers')}"
+    return f"is of the type {kind[:80]!r}, which is no causal language model that {library} knows"
 
 
 def module_names(directory: Path) -> set[str]:

@@ -84,8 +84,12 @@ class Settings(BaseSettings):
     allowed_hosts: Listed = Field(
         (), description="Further Host (and Origin) names to answer to, comma-separated, for a proxy in front."
     )
+    trust_remote_code_models: Listed = Field(
+        (), description="Base models whose own code may run, comma-separated names; of no other it does."
+    )
     max_upload_bytes: int = Field(512 * 2**20, ge=1, description="Largest uploaded file, in bytes.")
     max_body_bytes: int = Field(2**20, ge=1, description="Largest JSON body, in bytes.")
+    body_seconds: float = Field(60, gt=0, description="Seconds that a JSON body may take to arrive.")
     max_attempts: int = Field(
         3, ge=1, description="Deaths in a row, without a new checkpoint, after which a job fails."
     )
@@ -112,7 +116,7 @@ class Settings(BaseSettings):
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().resolve() if path else None
 
-    @field_validator("allowed_hosts", "api_keys", "operator_keys", mode="before")
+    @field_validator("allowed_hosts", "api_keys", "operator_keys", "trust_remote_code_models", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

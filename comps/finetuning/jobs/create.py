@@ -65,7 +65,7 @@ def create_fine_tuning_job(
         resume_from = _checkpoint(session, request, base_model, lora, owner)
     # Files are read outside any transaction, so that a slow disk holds nobody up.
     if base_model.local:
-        catalog.check_trainable(Path(base_model.path))
+        catalog.check_trainable(Path(base_model.path), base_model.trust_remote_code)
         if config := request.General.lora_config:
             check_modules(config, lora, catalog.module_names(Path(base_model.path)))
 

@@ -6,6 +6,7 @@ Events, checkpoints and logs are found through their job.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from sqlalchemy import ColumnElement, Select, SQLColumnExpression, or_, select, true
 from sqlalchemy.orm import Session
@@ -112,7 +113,8 @@ def find_base_model(session: Session, settings: Settings, name: str, owner: Owne
     if not name:
         raise InvalidRequest("model is missing: name the base model.", param="model")
     if row := find_model(session, name, owner, "base", "merged"):
-        return ModelSpec(name=name, path=row.path)
+        own_code = catalog.runs_own_code(settings, Path(row.path))
+        return ModelSpec(name=name, path=row.path, trust_remote_code=own_code)
     return catalog.resolve(settings, name)
 
 

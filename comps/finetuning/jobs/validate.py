@@ -12,7 +12,7 @@ from comps.cores.errors import ServiceError
 from comps.finetuning.catalog import check_on_hub
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.store.tables import JobRow
-from comps.tuning.data.records import validate_file
+from comps.tuning.data.apart import validate_safely
 from comps.tuning.errors import DataError, TuningError
 from comps.tuning.spec import TrainSpec
 
@@ -38,14 +38,15 @@ def validate(job: JobRow, secrets: Secrets) -> Verdict:
     warnings: list[str] = []
     for path, name, param, code in files:
         try:
-            warnings += validate_file(path, name, spec.task).warnings
+            warnings += validate_safely(path, name, spec.task).warnings
         except DataError as error:
             return Verdict((error.message, code, param))
         except FileNotFoundError:
             return Verdict((f"The file {name} was deleted before the job began.", code, param))
     if not spec.base_model.local:
         try:
-            check_on_hub(spec.base_model.path, secrets.token(job))
+            token = secrets.token(job)
+            check_on_hub(spec.base_model.path, token, spec.base_model.trust_remote_code)
         except TuningError as error:  # the token cannot be opened
             return Verdict((error.message, error.code, error.param))
         except ServiceError as error:

@@ -23,7 +23,7 @@ from comps.finetuning.jobs.find import find_job, visible_jobs
 from comps.finetuning.jobs.repeats import once
 from comps.finetuning.routes.pages import After, Limit, newest_first
 from comps.finetuning.schemas.job_object import FineTuningJob, JobDeleted, JobList
-from comps.finetuning.schemas.jobs import JobId, JobRequest
+from comps.finetuning.schemas.jobs import MAX_METADATA, JobId, JobRequest
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.store.tables import JobRow
 
@@ -62,10 +62,12 @@ def list_jobs(
     limit: Limit = 20,
 ) -> JobList:
     """Jobs, newest first. ``metadata[key]=value`` keeps those with it, ``metadata=null`` those without."""
-    query = visible_jobs(owner)
-    for name, value in request.query_params.multi_items():
-        if (condition := _metadata(name, value)) is not None:
-            query = query.where(condition)
+    filters = [_metadata(name, value) for name, value in request.query_params.multi_items()]
+    conditions = [each for each in filters if each is not None]
+    if len(conditions) > MAX_METADATA:  # a database does not take any number of conditions
+        message = f"metadata is asked for {len(conditions)} times; {MAX_METADATA} are allowed."
+        raise InvalidRequest(message, param="metadata")
+    query = visible_jobs(owner).where(*conditions)
     rows, more = newest_first(session, JobRow, query, after, limit)
     return JobList(data=[FineTuningJob.of(row, settings) for row in rows], has_more=more)
 

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
+from comps.finetuning.schemas.integrations import for_environment
 from comps.finetuning.schemas.lora import LoraConfig
 from comps.finetuning.schemas.tolerant import Count, Tolerant, unused
 
 
 def _no_remote_code(value: object) -> object:
     if value not in (False, "false"):
-        raise ValueError("code that comes with a model is never run; leave this out or set it to false")
+        raise ValueError(
+            "only the operator can allow the code that comes with a model "
+            "(FINETUNING_TRUST_REMOTE_CODE_MODELS); leave this out or set it to false"
+        )
     return False
+
+
+def _token(value: SecretStr) -> SecretStr:
+    for_environment(value.get_secret_value())
+    return value
 
 
 class HubConfig(Tolerant):
     """How the base model is loaded. The token is held in memory for this job alone."""
 
-    token: Annotated[SecretStr, Field(max_length=500)] | None = None
+    token: Annotated[SecretStr, Field(max_length=500), AfterValidator(_token)] | None = None
     trust_remote_code: Annotated[Literal[False], BeforeValidator(_no_remote_code)] = False
 
 

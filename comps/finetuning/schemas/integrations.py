@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from comps.finetuning.schemas.tolerant import Tolerant
 
-Text = Annotated[str, Field(max_length=200)]
+
+def for_environment(value: str) -> str:
+    """``value``, if it can become an environment variable of a job as it is.
+
+    Ray replaces ``$NAME`` and ``${NAME}`` in a job's variables by values of its own environment, so a project
+    called ``$WANDB_API_KEY`` would show the operator's key to whoever reads the project's name.
+    """
+    if "$" in value or not value.isprintable():
+        raise ValueError("'$', line ends and other control characters are not allowed here")
+    return value
+
+
+Text = Annotated[str, Field(max_length=200), AfterValidator(for_environment)]
 # Tags travel in one variable, separated by commas.
-Tag = Annotated[str, Field(max_length=200, pattern="^[^,]+$")]
+Tag = Annotated[str, Field(max_length=200, pattern="^[^,]+$"), AfterValidator(for_environment)]
 
 
 class WandbSettings(Tolerant):

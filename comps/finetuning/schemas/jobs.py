@@ -28,6 +28,7 @@ def _check_name(value: str) -> str:
 
 # A suffix or a sub-adapter's version: it becomes part of names and directories.
 Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
+MAX_METADATA = 16
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
@@ -44,7 +45,7 @@ class JobRequest(Tolerant):
     method: Method | None = None
     suffix: Name | None = None
     seed: Seed | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = None
     integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
     priority: int = Field(0, ge=-100, le=100, description="Jobs of higher priority begin first")
     time_limit: float | None = Field(

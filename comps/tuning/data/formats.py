@@ -276,8 +276,12 @@ def _read_parquet(path: Path, name: str, limit: int) -> Numbered:
                     if record.nbytes > limit:
                         raise _too_large(f"{name}, record {number}", limit)
                     yield number, record.to_pylist()[0]
+    except MemoryError as error:
+        sentence = f"{name}, record {number + 1}: takes more memory to unpack than a record may"
+        raise DataError(sentence) from error
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        # It may quote bytes of the file.
+        reason = "".join(c if c.isprintable() else "?" for c in str(error).partition("\n")[0]).rstrip(".")
         raise DataError(f"{name}: is not a readable Parquet file after record {number}: {reason}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def find_base(model: ModelSpec) -> BaseFiles:
     if (directory / INDEX).is_file():
         index = _read_json(directory / INDEX, model)
         shard_of = index.get("weight_map")
-        if not isinstance(shard_of, dict) or any(Path(str(name)).name != name for name in shard_of.values()):
+        if not isinstance(shard_of, dict) or not all(map(_is_shard, shard_of.values())):
             raise ModelError(f"the base model {model.name} has an {INDEX} without a proper weight_map")
     elif (directory / SINGLE).is_file():
         shard_of = dict.fromkeys(_keys(directory / SINGLE, model), SINGLE)
@@ -59,6 +61,11 @@ def find_base(model: ModelSpec) -> BaseFiles:
         found = f", only {' and '.join(sorted(kinds))} files" if kinds else ""
         raise ModelError(f"the base model {model.name} has no safetensors weights{found}")
     return BaseFiles(model.name, directory, config, shard_of, index)
+
+
+def _is_shard(name: object) -> bool:
+    """Whether an index may name this file: one of its own directory."""
+    return isinstance(name, str) and _SHARD.fullmatch(name) is not None
 
 
 def find_tensor(name: str, tensors: Collection[str]) -> str | None:

@@ -11,6 +11,7 @@ import shutil
 import time
 from contextlib import closing
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -109,6 +110,13 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
         if events:
             events.write(f"Stopped on request after step {trainer.state.global_step}")
         return None
+    except UnpicklingError as error:
+        # torch.load reads nothing but tensors and numbers out of a checkpoint, and runs nothing.
+        assert resume is not None
+        raise TuningError(
+            f"the checkpoint {resume.name} holds more than tensors and is not read; somebody has changed it",
+            param="General.resume_from_checkpoint",
+        ) from error
 
     result = {
         "path": str(output),
