@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -76,3 +76,12 @@ def get_reader(database: DatabaseDep) -> Iterator[Session]:
 OwnerDep = Annotated[str | None, Depends(get_owner)]
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 ReaderDep = Annotated[Session, Depends(get_reader, scope="function")]
+
+
+async def upload_slot(request: Request, _owner: OwnerDep) -> AsyncIterator[None]:
+    """A place among the uploads under way, for the time of the route; strangers are refused before."""
+    with request.app.state.upload_slots.one():
+        yield
+
+
+UploadSlot = Depends(upload_slot, scope="function")

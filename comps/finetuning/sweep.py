@@ -1,4 +1,4 @@
-"""Frees the disk of what nobody can name any more: expired files, and what a crash left half-done."""
+"""Frees the disk of what nobody can use any more: expired files and uploads, what a crash left half-done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from comps.cores.errors import ServiceError
@@ -15,12 +15,15 @@ from comps.finetuning.jobs.find import needs_file
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
-from comps.finetuning.store.tables import FileRow, JobRow
+from comps.finetuning.store.tables import FileRow, JobRow, PartRow, UploadRow
+from comps.finetuning.uploads import forget_parts
 
 log = logging.getLogger(__name__)
 
 DELETED = ".deleted-"  # directories of deleted models, among those of jobs and of adapters
 _INTERVAL_SECONDS = 3600
+# So long after its last hour one can still ask what became of an upload.
+_UPLOADS_KEPT_SECONDS = 24 * 3600
 
 
 def remove_expired(database: Database, blobs: Blobs) -> None:
@@ -36,12 +39,37 @@ def remove_expired(database: Database, blobs: Blobs) -> None:
         log.info("removed %d expired files", len(expired))
 
 
+def remove_expired_uploads(database: Database, blobs: Blobs) -> None:
+    """End the uploads whose hour is over, remove their parts, and forget those that ended long ago."""
+    now = time.time()
+    old = UploadRow.expires_at <= now - _UPLOADS_KEPT_SECONDS
+    with database.session() as session:
+        pending = select(UploadRow).where(UploadRow.status == "pending", UploadRow.expires_at <= now)
+        expired = list(session.scalars(pending.with_for_update()))
+        parts = []
+        for upload in expired:
+            upload.status = "expired"
+            parts += forget_parts(session, upload)
+        session.flush()
+        session.execute(delete(UploadRow).where(old))
+    for part_id in parts:
+        blobs.delete(part_id)
+    if expired:
+        log.info("removed the %d parts of %d expired uploads", len(parts), len(expired))
+
+
 def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
     """Finish what the last service began. Only for the start, before any request."""
-    remove_expired(database, blobs)
     with database.reading() as session:
-        known = set(session.scalars(select(FileRow.id)))
-    if orphans := blobs.tidy(known):
+        begun = select(UploadRow.file_id).where(
+            UploadRow.status != "completed", UploadRow.file_id.is_not(None)
+        )
+        unfinished = set(session.scalars(begun))
+    remove_expired(database, blobs)
+    remove_expired_uploads(database, blobs)
+    with database.reading() as session:
+        known = {*session.scalars(select(FileRow.id)), *session.scalars(select(PartRow.id))}
+    if orphans := blobs.tidy(known, unfinished):
         log.warning(
             "the database knows nothing of %d files (is FINETUNING_DATABASE_URL right?); they are now in %s",
             len(orphans),
@@ -53,10 +81,11 @@ def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
 
 
 async def sweep_hourly(database: Database, blobs: Blobs) -> None:
-    """Run :func:`remove_expired` every hour until cancelled."""
+    """Remove what has expired, every hour until cancelled."""
     while True:
         await asyncio.sleep(_INTERVAL_SECONDS)
         try:
             await asyncio.to_thread(remove_expired, database, blobs)
+            await asyncio.to_thread(remove_expired_uploads, database, blobs)
         except (ServiceError, SQLAlchemyError, OSError) as error:
-            log.warning("expired files could not be removed, and will be tried again: %s", error)
+            log.warning("what has expired could not be removed, and will be tried again: %s", error)

@@ -12,8 +12,14 @@ from comps.cores.errors import ServiceError
 from comps.finetuning.catalog import check_on_hub
 from comps.finetuning.store.tables import JobRow
 from comps.tuning.data.records import validate_file
-from comps.tuning.errors import DataError
+from comps.tuning.errors import DataError, RecordTooLarge, TooManyRecords
 from comps.tuning.spec import TrainSpec
+
+# What the operator changes to allow more.
+_SETTINGS: dict[type[DataError], str] = {
+    RecordTooLarge: "FINETUNING_MAX_RECORD_BYTES",
+    TooManyRecords: "FINETUNING_MAX_RECORDS",
+}
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,14 @@ def validate(job: JobRow, token: str | None) -> Verdict:
     warnings: list[str] = []
     for path, name, param, code in files:
         try:
-            warnings += validate_file(path, name, spec.task).warnings
+            summary = validate_file(
+                path, name, spec.task, limit=spec.data.max_record_bytes, max_records=spec.data.max_records
+            )
+            warnings += summary.warnings
         except DataError as error:
-            return Verdict((error.message, code, param))
+            setting = _SETTINGS.get(type(error))
+            message = f"{error.message} (the limit {setting})" if setting else error.message
+            return Verdict((message, code, param))
         except FileNotFoundError:
             return Verdict((f"The file {name} was deleted before the job began.", code, param))
     if not spec.base_model.local:

@@ -11,9 +11,9 @@ from sqlalchemy import select, tuple_
 from starlette.concurrency import run_in_threadpool
 
 from comps.cores.app import content
-from comps.cores.errors import Conflict, InvalidRequest
+from comps.cores.errors import Conflict, InvalidRequest, TooLarge
 from comps.cores.uploads import receive_upload
-from comps.finetuning.dependencies import BlobsDep, DatabaseDep, OwnerDep, ReaderDep, SettingsDep
+from comps.finetuning.dependencies import BlobsDep, DatabaseDep, OwnerDep, ReaderDep, SettingsDep, UploadSlot
 from comps.finetuning.jobs.find import find_file, needs_file, usable_files, visible
 from comps.finetuning.schemas.files import (
     FileDeleted,
@@ -50,15 +50,17 @@ _UPLOAD_FORM: dict[str, Any] = {
 }
 
 
-@router.post("", openapi_extra=_UPLOAD_FORM)
+@router.post("", openapi_extra=_UPLOAD_FORM, dependencies=[UploadSlot])
 async def upload_file(
     request: Request, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep, blobs: BlobsDep
 ) -> FileObject:
     """Store a file; its bytes go to the disk as they arrive."""
     file_id = new_id("file")
-    writer = await run_in_threadpool(blobs.writer, file_id, settings.max_upload_bytes)
+    limit = settings.max_upload_bytes
+    message = f"The file is larger than the limit of {limit} bytes (FINETUNING_MAX_UPLOAD_BYTES)."
+    writer = await run_in_threadpool(blobs.writer, file_id, limit, TooLarge(message, param="file"))
     try:
-        upload = await receive_upload(request, "file", writer)
+        upload = await receive_upload(request, "file", writer, settings.upload_idle_seconds)
         if upload.filename is None:
             raise InvalidRequest("The upload's field 'file' is missing.", param="file")
         if writer.size == 0:
@@ -79,13 +81,8 @@ async def upload_file(
 
 
 def _keep(database: Database, blobs: Blobs, writer: BlobWriter, row: FileRow) -> FileObject:
-    writer.publish()
-    try:
-        with database.session() as session:
-            session.add(row)
-    except BaseException:
-        blobs.delete(row.id)
-        raise
+    with blobs.published(writer), database.session() as session:
+        session.add(row)
     return FileObject.of(row)
 
 
