@@ -61,10 +61,8 @@ def remove_expired_uploads(database: Database, blobs: Blobs) -> None:
 def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
     """Finish what the last service began. Only for the start, before any request."""
     with database.reading() as session:
-        begun = select(UploadRow.file_id).where(
-            UploadRow.status != "completed", UploadRow.file_id.is_not(None)
-        )
-        unfinished = set(session.scalars(begun))
+        begun = select(UploadRow.file_id).where(UploadRow.status != "completed")
+        unfinished = {file_id for file_id in session.scalars(begun) if file_id}
     remove_expired(database, blobs)
     remove_expired_uploads(database, blobs)
     with database.reading() as session:

@@ -117,12 +117,12 @@ def test_what_has_ended_takes_nothing_more_and_says_why(server: ServiceProcess) 
     assert server.openai.uploads.cancel(cancelled.id).status == "cancelled"
     expire(server, expired.id)
     assert not set(parts[cancelled.id]) & stored(server)
-    said = {
-        completed: ("completed", "is completed: it became the file file-"),
-        cancelled: ("cancelled", "was cancelled."),
-        expired: ("expired", "has expired: 3600 seconds are allowed from its creation to its completion."),
-    }
-    for upload, (status, sentence) in said.items():
+    said = [
+        (completed, "completed", "is completed: it became the file file-"),
+        (cancelled, "cancelled", "was cancelled."),
+        (expired, "expired", "has expired: 3600 seconds are allowed from its creation to its completion."),
+    ]
+    for upload, status, sentence in said:
         assert state(server, upload)["status"] == status
         path = f"/v1/uploads/{upload.id}"
         requests = [
