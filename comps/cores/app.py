@@ -33,6 +33,7 @@ def create_component(
     lifespan: Lifespan,
     health: Callable[[], dict[str, Any]],
     max_body_bytes: int,
+    max_body_setting: str,
     body_seconds: float = 60,
     admit: Callable[[Request], object] = lambda _: None,
     uploads: Collection[str] = (),
@@ -42,9 +43,9 @@ def create_component(
     """An application with OPEA's common routes, error envelope, request log, metrics and guards.
 
     ``name`` is the key in ``/v1/statistics`` (OPEA writes ``opea_service@finetuning``), ``health``
-    gives what ``/v1/health_check`` says besides title, version and description. ``max_body_bytes`` and
-    ``uploads`` are explained in :class:`comps.cores.middleware.JsonBodies`, ``hosts`` and ``origins`` in
-    :class:`comps.cores.middleware.Guard`, ``body_seconds`` and ``admit`` in
+    gives what ``/v1/health_check`` says besides title, version and description. ``max_body_bytes``, its
+    setting and ``uploads`` are explained in :class:`comps.cores.middleware.JsonBodies`, ``hosts`` and
+    ``origins`` in :class:`comps.cores.middleware.Guard`, ``body_seconds`` and ``admit`` in
     :class:`comps.cores.entrance.Entrance`.
     """
     # A path with a slash too many is answered with a sentence, not with a redirect that has no body.
@@ -58,7 +59,7 @@ def create_component(
     app.state.statistics = statistics
     add_error_handlers(app)
     # The last added is the outermost.
-    app.add_middleware(JsonBodies, limit=max_body_bytes, uploads=uploads)
+    app.add_middleware(JsonBodies, limit=max_body_bytes, setting=max_body_setting, uploads=uploads)
     app.add_middleware(Entrance, admit=admit, patience=body_seconds)
     app.add_middleware(Guard, hosts=hosts, origins=origins)
     app.add_middleware(RequestLog, statistics=statistics)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from comps.cores.errors import BadHost, Forbidden, ServiceError, TooLarge, error_response, request_ids
@@ -146,13 +147,14 @@ class JsonBodies:
 
     A body is JSON whatever its Content-Type says, if it has one at all (curl's ``-d`` calls everything a
     form). What was read stays in the request's state as ``json``, so that an error can repeat the ids it
-    names. Multipart bodies pass to the paths in ``uploads``, whose routes stream them.
+    names. ``limit`` is in bytes, and ``setting`` is what changes it. Multipart bodies pass to the paths in
+    ``uploads`` (written as routes are, ``/things/{id}/parts``), whose routes stream them.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, uploads: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, limit: int, setting: str, uploads: Collection[str]) -> None:
         self.app = app
-        self.limit = limit
-        self.uploads = uploads
+        self.limit, self.setting = limit, setting
+        self.uploads = [compile_path(path)[0] for path in uploads]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in _SAFE_METHODS:
@@ -160,7 +162,7 @@ class JsonBodies:
             return
         headers = MutableHeaders(scope=scope)
         multipart = headers.get("content-type", "").lower().startswith("multipart/")
-        if multipart and scope["path"] in self.uploads:
+        if multipart and any(path.fullmatch(scope["path"]) for path in self.uploads):
             await self.app(scope, receive, send)
             return
         headers["content-type"] = "application/json"
@@ -187,5 +189,7 @@ class JsonBodies:
         async for chunk in Request(scope, receive).stream():
             body += chunk
             if len(body) > self.limit:
-                raise TooLarge(f"The request body is larger than the limit of {self.limit} bytes.")
+                raise TooLarge(
+                    f"The request body is larger than the limit of {self.limit} bytes ({self.setting})."
+                )
         return bytes(body)

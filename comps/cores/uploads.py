@@ -7,18 +7,28 @@ the whole body before a route could refuse it.
 
 from __future__ import annotations
 
-from typing import Protocol
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import ClassVar, Protocol
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from comps.cores.errors import InvalidRequest
+from comps.cores.errors import InvalidRequest, ServiceError
 
 MAX_PARTS = 16
 MAX_FIELD_BYTES = 4096
 _BLOCK = 2**20  # bytes gathered before a write on a thread
+
+
+class UploadStalled(ServiceError):
+    """The client, or the network between, has stopped sending."""
+
+    status, type, code = 408, "invalid_request_error", "upload_stalled"
+    # Whoever is still there may begin again, on another connection: the rest of this one is not read.
+    headers: ClassVar[Mapping[str, str]] = {"connection": "close"}
 
 
 class Destination(Protocol):
@@ -107,11 +117,14 @@ class Upload:
         self.ended = True
 
 
-async def receive_upload(request: Request, file_field: str, destination: Destination) -> Upload:
+async def receive_upload(
+    request: Request, file_field: str, destination: Destination, idle_seconds: float
+) -> Upload:
     """Stream the request's body; the bytes of the part ``file_field`` go to ``destination``.
 
     Raises :class:`InvalidRequest` for anything but one whole multipart body with at most one file,
-    and lets the destination's errors through. Memory stays near one megabyte at any size.
+    :class:`UploadStalled` when no byte came for ``idle_seconds``, and lets the destination's errors
+    through. Memory stays near one megabyte at any size.
     """
     content_type, options = parse_options_header(request.headers.get("content-type"))
     if content_type != b"multipart/form-data" or not options.get(b"boundary"):
@@ -124,7 +137,7 @@ async def receive_upload(request: Request, file_field: str, destination: Destina
 
     try:
         parser = upload.parser(options[b"boundary"])
-        async for chunk in request.stream():
+        async for chunk in _chunks(request, idle_seconds):
             parser.write(chunk)
             if len(upload.pending) >= _BLOCK:
                 await flush()
@@ -134,3 +147,17 @@ async def receive_upload(request: Request, file_field: str, destination: Destina
         raise InvalidRequest("The upload ended before its final boundary.")
     await flush()
     return upload
+
+
+async def _chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(idle_seconds):
+                chunk = await anext(stream, None)
+        except TimeoutError as error:
+            message = f"No byte of the upload came for {idle_seconds:g} seconds; send it again."
+            raise UploadStalled(message) from error
+        if chunk is None:
+            return
+        yield chunk

@@ -15,13 +15,14 @@ from fastapi import FastAPI
 import comps
 from comps.cores.app import create_component
 from comps.cores.errors import StartupError
+from comps.cores.slots import UploadSlots
 from comps.finetuning.cluster import Cluster
 from comps.finetuning.dependencies import get_owner
 from comps.finetuning.jobs.dispatcher import Dispatcher
 from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.metrics import StoreMetrics
-from comps.finetuning.routes import adapters, checkpoints, events, files, jobs, logs, models
+from comps.finetuning.routes import adapters, checkpoints, events, files, jobs, logs, models, uploads
 from comps.finetuning.settings import Settings, is_loopback
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
@@ -31,7 +32,7 @@ NAME = "opea_service@finetuning"
 TITLE = "Fine-tuning service"
 DESCRIPTION = "Fine-tunes language models: LoRA with elastic ranks (NLS), sub-adapters, merged models."
 
-ROUTERS = tuple(part.router for part in (files, jobs, events, checkpoints, logs, adapters, models))
+ROUTERS = tuple(part.router for part in (files, uploads, jobs, events, checkpoints, logs, adapters, models))
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -107,14 +108,18 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         health=health,
         max_body_bytes=settings.max_body_bytes,
+        max_body_setting="FINETUNING_MAX_BODY_BYTES",
         body_seconds=settings.body_seconds,
         admit=lambda request: get_owner(request, settings),
-        uploads=("/v1/files",),
+        uploads=("/v1/files", "/v1/uploads/{upload_id}/parts"),
         hosts=answered_hosts(settings),
         origins=settings.allowed_hosts,
     )
     app.state.settings, app.state.database, app.state.blobs = settings, database, blobs
     app.state.news = news
+    limit = settings.max_concurrent_uploads
+    app.state.upload_slots = UploadSlots(limit, "FINETUNING_MAX_CONCURRENT_UPLOADS")
+    app.state.completing = asyncio.Lock()
     app.state.statistics.registry.register(StoreMetrics(database))
     for router in ROUTERS:
         app.include_router(router)

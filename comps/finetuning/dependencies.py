@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
@@ -95,3 +95,12 @@ OwnerDep = Annotated[Owner, Depends(get_owner)]
 RepeatDep = Annotated[Repeat | None, Depends(get_repeat)]
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 ReaderDep = Annotated[Session, Depends(get_reader, scope="function")]
+
+
+async def upload_slot(request: Request, _owner: OwnerDep) -> AsyncIterator[None]:
+    """A place among the uploads under way, for the time of the route; strangers are refused before."""
+    with request.app.state.upload_slots.one():
+        yield
+
+
+UploadSlot = Depends(upload_slot, scope="function")

@@ -87,9 +87,22 @@ class Settings(BaseSettings):
     trust_remote_code_models: Listed = Field(
         (), description="Base models whose own code may run, comma-separated names; of no other it does."
     )
-    max_upload_bytes: int = Field(512 * 2**20, ge=1, description="Largest uploaded file, in bytes.")
+    max_upload_bytes: int = Field(
+        512 * 2**20, ge=1, description="Largest uploaded file, in bytes, in one piece or in parts."
+    )
     max_body_bytes: int = Field(2**20, ge=1, description="Largest JSON body, in bytes.")
     body_seconds: float = Field(60, gt=0, description="Seconds that a JSON body may take to arrive.")
+    max_concurrent_uploads: int = Field(
+        16, ge=1, description="Files and parts received at a time; a further one gets 503."
+    )
+    upload_idle_seconds: float = Field(
+        60, gt=0, allow_inf_nan=False, description="Seconds without a byte after which an upload is given up."
+    )
+    max_record_bytes: int = Field(10_000_000, ge=1, description="Largest record of a data file, in bytes.")
+    max_records: int = Field(1_000_000, ge=1, description="Most records in a data file.")
+    max_queued_jobs: int = Field(
+        1000, ge=1, description="Fine-tuning jobs not ended, running ones too; a further one gets 429."
+    )
     max_attempts: int = Field(
         3, ge=1, description="Deaths in a row, without a new checkpoint, after which a job fails."
     )

@@ -1,4 +1,4 @@
-"""Frees the disk of what nobody can name any more: expired files, and what a crash left half-done."""
+"""Frees the disk of what nobody can use any more: expired files and uploads, what a crash left half-done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import time
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from comps.cores.errors import ServiceError
@@ -17,11 +17,14 @@ from comps.finetuning.settings import Settings
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.removal import settle
-from comps.finetuning.store.tables import FileRow, JobRow, ModelRow
+from comps.finetuning.store.tables import FileRow, JobRow, ModelRow, PartRow, UploadRow
+from comps.finetuning.uploads import forget_parts
 
 log = logging.getLogger(__name__)
 
 _INTERVAL_SECONDS = 3600
+# So long after its last hour one can still ask what became of an upload.
+_UPLOADS_KEPT_SECONDS = 24 * 3600
 
 
 def remove_expired(database: Database, blobs: Blobs) -> None:
@@ -37,13 +40,36 @@ def remove_expired(database: Database, blobs: Blobs) -> None:
         log.info("removed %d expired files", len(expired))
 
 
+def remove_expired_uploads(database: Database, blobs: Blobs) -> None:
+    """End the uploads whose hour is over, remove their parts, and forget those that ended long ago."""
+    now = time.time()
+    old = UploadRow.expires_at <= now - _UPLOADS_KEPT_SECONDS
+    with database.session() as session:
+        pending = select(UploadRow).where(UploadRow.status == "pending", UploadRow.expires_at <= now)
+        expired = list(session.scalars(pending.with_for_update()))
+        parts = []
+        for upload in expired:
+            upload.status = "expired"
+            parts += forget_parts(session, upload)
+        session.flush()
+        session.execute(delete(UploadRow).where(old))
+    for part_id in parts:
+        blobs.delete(part_id)
+    if expired:
+        log.info("removed the %d parts of %d expired uploads", len(parts), len(expired))
+
+
 def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
     """Finish what the last service began. Only for the start, before any request."""
+    with database.reading() as session:
+        begun = select(UploadRow.file_id).where(UploadRow.status != "completed")
+        unfinished = {file_id for file_id in session.scalars(begun) if file_id}
     remove_expired(database, blobs)
+    remove_expired_uploads(database, blobs)
     forget_old(database)
     with database.reading() as session:
-        known = set(session.scalars(select(FileRow.id)))
-    if orphans := blobs.tidy(known):
+        known = {*session.scalars(select(FileRow.id)), *session.scalars(select(PartRow.id))}
+    if orphans := blobs.tidy(known, unfinished):
         log.warning(
             "the database knows nothing of %d files (is FINETUNING_DATABASE_URL right?); they are now in %s",
             len(orphans),
@@ -62,11 +88,12 @@ def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
 
 
 async def sweep_hourly(database: Database, blobs: Blobs) -> None:
-    """Remove expired files, and forget old idempotency keys, every hour until cancelled."""
+    """Remove what has expired, and forget old idempotency keys, every hour until cancelled."""
     while True:
         await asyncio.sleep(_INTERVAL_SECONDS)
         try:
             await asyncio.to_thread(remove_expired, database, blobs)
             await asyncio.to_thread(forget_old, database)
+            await asyncio.to_thread(remove_expired_uploads, database, blobs)
         except (ServiceError, SQLAlchemyError, OSError) as error:
             log.warning("what has expired could not be removed, and will be tried again: %s", error)

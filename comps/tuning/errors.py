@@ -4,6 +4,7 @@
 
     TuningError            anything a person can act on; ``code`` is stable, for programs
     +-- DataError          a record, a field, a file          (invalid_training_file)
+    |   +-- RecordTooLarge, TooManyRecords                    limits, which the operator may change
     +-- ModelError         a base model cannot be used        (invalid_model)
     +-- AdapterError       an adapter or configuration        (invalid_adapter)
     +-- ResourceError      memory, disk, cores                (insufficient_resources)
@@ -36,6 +37,14 @@ def _rebuild(cls: type[TuningError], message: str, param: str | None) -> TuningE
 
 class DataError(TuningError):
     code = "invalid_training_file"
+
+
+class RecordTooLarge(DataError):
+    """A record beyond the limit on its bytes."""
+
+
+class TooManyRecords(DataError):
+    """A file beyond the limit on its records."""
 
 
 class ModelError(TuningError):

@@ -78,6 +78,8 @@ class DataSpec(Spec):
 
     ``*_file`` are paths; ``*_name`` are the client's names for them, used in messages only.
     ``mask_input`` and ``mask_response`` say which tokens carry loss: ``comps.tuning.data.masking``.
+    A file with a record above ``max_record_bytes`` or more than ``max_records`` (None: any number) is
+    refused, when it is validated and when it is read.
     """
 
     train_file: Path
@@ -98,6 +100,8 @@ class DataSpec(Spec):
     shuffle: bool = True
     max_train_samples: int | None = Field(None, ge=1)
     max_eval_samples: int | None = Field(None, ge=1)
+    max_record_bytes: int = Field(10_000_000, ge=1)
+    max_records: int | None = Field(None, ge=1)
 
 
 class OptimizationSpec(Spec):

@@ -17,12 +17,13 @@ IDS = [
 BY_PATH = [
     "/v1/fine_tuning/jobs/{}", "/v1/fine_tuning/jobs/{}/events", "/v1/fine_tuning/jobs/{}/checkpoints",
     "/v1/fine_tuning/jobs/{}/logs", "/v1/models/{}", "/v1/files/{}", "/v1/files/{}/content",
+    "/v1/uploads/{}",
 ]  # fmt: skip
 BY_BODY = [
     "/v1/fine_tuning/jobs", "/v1/sqft/jobs", "/v1/fine_tuning/jobs/retrieve", "/v1/fine_tuning/jobs/cancel",
     "/v1/finetune/list_checkpoints", "/v1/finetune/extract_adapter", "/v1/finetune/extract_sub_adapter",
     "/v1/sqft/extract_sub_adapter", "/v1/finetune/merge_adapter", "/v1/ffinetune/merge_adapter",
-    "/v1/sqft/merge_adapter", "/v1/models",
+    "/v1/sqft/merge_adapter", "/v1/models", "/v1/uploads", "/v1/uploads/none/complete",
 ]  # fmt: skip
 NULLS = {"fine_tuning_job_id": None, "model": None, "training_file": None, "id": None, "path": None}
 

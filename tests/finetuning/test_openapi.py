@@ -42,6 +42,11 @@ GET    /v1/files
 GET    /v1/files/{file_id}
 DELETE /v1/files/{file_id}
 GET    /v1/files/{file_id}/content
+POST   /v1/uploads
+GET    /v1/uploads/{upload_id}
+POST   /v1/uploads/{upload_id}/parts
+POST   /v1/uploads/{upload_id}/complete
+POST   /v1/uploads/{upload_id}/cancel
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}
 DELETE /v1/fine_tuning/jobs/{fine_tuning_job_id}
 POST   /v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -16,7 +17,7 @@ from service_process import ServiceProcess
 
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
-from comps.finetuning.store.tables import CheckpointRow, EventRow, ModelRow
+from comps.finetuning.store.tables import CheckpointRow, EventRow, ModelRow, UploadRow
 
 BASE = "org/owners"
 MINE, OPERATORS = (hashlib.sha256(key).hexdigest()[:16] for key in (b"first", b"operator"))
@@ -49,6 +50,8 @@ def things(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) ->
             session.add(EventRow(id=f"ftevent-{name}", job_id=job, message=name))
             session.add(CheckpointRow(id=f"ftckpt-{name}", job_id=job, step=1, path=f"{name}-1"))
             session.add(ModelRow(id=name, kind="base", path=str(base), owner=owner, details={}))
+            upload = {"filename": "a", "purpose": "evals", "bytes": 1, "mime_type": "x", "owner": owner}
+            session.add(UploadRow(id=f"upload-{name}", expires_at=time.time() + 3600, **upload))
         return {"job": job, "file": file, "name": name}
 
     owners = {"mine": MINE, "shared": None, "operators": OPERATORS}
@@ -95,6 +98,7 @@ def about(thing: dict[str, str]) -> list[tuple[str, str, Any]]:
         ("POST", "/v1/finetune/list_checkpoints", {"fine_tuning_job_id": job}),
         ("GET", f"/v1/files/{file}", None),
         ("GET", f"/v1/files/{file}/content", None),
+        ("GET", f"/v1/uploads/upload-{name}", None),
         ("GET", f"/v1/models/{name}", None),
         ("GET", f"/v1/models/ft:org/tiny::{job}", None),
         ("GET", f"{JOBS}?after={job}", None),
@@ -118,6 +122,8 @@ def changes(thing: dict[str, str]) -> list[tuple[str, str, Any]]:
         ("POST", "/v1/finetune/extract_adapter", {"fine_tuning_job_id": job}),
         ("POST", "/v1/finetune/extract_adapter", {"model": f"ft:org/tiny::{job}"}),
         ("POST", "/v1/finetune/merge_adapter", {"fine_tuning_job_id": job}),
+        ("POST", f"/v1/uploads/upload-{name}/complete", {"part_ids": ["x"]}),
+        ("POST", f"/v1/uploads/upload-{name}/cancel", {}),
         ("DELETE", f"/v1/files/{file}", None),
         ("DELETE", f"/v1/models/{name}", None),
     ]
@@ -195,3 +201,14 @@ def test_a_stranger_is_refused_everywhere(service: ServiceProcess, things: Any) 
     with client(service, "third") as third:
         for method, path, body in about(things["shared"]) + changes(things["shared"]):
             assert third.request(method, path, json=body).status_code == 401, path
+
+
+def test_parts_go_to_ones_own_uploads_and_make_ones_own_files(service: ServiceProcess, things: Any) -> None:
+    path, form = "/v1/uploads/upload-mine", {"data": b"x"}
+    with client(service, "first") as first, client(service, "second") as second:
+        assert second.post(f"{path}/parts", files=form).status_code == 404
+        part = first.post(f"{path}/parts", files=form).json()["id"]
+        file_id = first.post(f"{path}/complete", json={"part_ids": [part]}).json()["file"]["id"]
+        assert first.get(f"/v1/files/{file_id}").status_code == 200
+        assert second.get(f"/v1/files/{file_id}").status_code == 404
+    assert httpx.post(f"{service.url}{path}/parts", files=form).status_code == 401

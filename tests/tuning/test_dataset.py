@@ -12,7 +12,7 @@ from fixtures_models import CHAT_TEMPLATE, tiny_tokenizer
 from comps.tuning.data.dataset import TokenisedData, build_datasets
 from comps.tuning.data.prompts import render
 from comps.tuning.data.tokenise import prompt_ids
-from comps.tuning.errors import DataError, ModelError
+from comps.tuning.errors import DataError, ModelError, RecordTooLarge, TooManyRecords
 from comps.tuning.spec import DataSpec
 
 EOS = 2
@@ -216,3 +216,11 @@ def test_the_report_counts_rows_and_tokens(tmp_path: Path) -> None:
 def test_a_tokenizer_without_eos_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no EOS token"):
         build(tmp_path, numbered(1), tokenizer=tiny_tokenizer(eos_token=None))
+
+
+def test_a_run_refuses_what_validation_would_have_refused(tmp_path: Path) -> None:
+    assert len(build(tmp_path, numbered(5), max_records=5, max_record_bytes=100).train) == 5
+    with pytest.raises(TooManyRecords, match="record 5: the file has more than 4 records"):
+        build(tmp_path, numbered(5), max_records=4)
+    with pytest.raises(RecordTooLarge, match="record 1: is larger than 10 bytes"):
+        build(tmp_path, numbered(5), max_record_bytes=10)

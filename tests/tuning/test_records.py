@@ -203,6 +203,43 @@ def test_a_large_parquet_record_is_refused(tmp_path: Path) -> None:
     assert fault(path, "pretraining", limit=1000) == "train.json, record 2: is larger than 1,000 bytes"
 
 
+def test_a_csv_record_of_many_lines_is_refused_without_being_read_whole(tmp_path: Path) -> None:
+    columns, line = 50, "x" * 98 + "\n"
+    cells = ",".join(['"' + line * 9_000 + '"'] * columns)  # 45 MB, of which no field passes the limit
+    path = write(tmp_path, ",".join(["text", *map(str, range(1, columns))]) + "\n" + cells, "train.csv")
+    tracemalloc.start()
+    message = fault(path, "pretraining", "train.csv", limit=1_000_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert message == "train.csv, line 2: is larger than 1,000,000 bytes"
+    assert peak < 20_000_000
+
+
+def test_a_csv_header_longer_than_a_small_limit_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "text" + "x" * 200_000, "train.csv")
+    assert fault(path, name="train.csv", limit=1000) == "train.csv, line 1: is larger than 1,000 bytes"
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "csv", "parquet"])
+def test_the_limit_counts_bytes_and_not_characters(tmp_path: Path, format: str) -> None:
+    path = write_as(tmp_path, format, [{"text": "a"}, {"text": "ü" * 400}])
+    if format in ("json", "jsonl"):
+        path.write_bytes(path.read_bytes().replace(b"\\u00fc", "ü".encode()))
+    name = f"train.{format}"
+    assert "is larger than 700 bytes" in fault(path, "pretraining", name, limit=700)
+    assert validate_file(path, name, "pretraining", limit=900).records == 2
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "csv", "parquet"])
+def test_a_file_of_more_records_than_allowed_is_refused_at_the_first_one_beyond(
+    tmp_path: Path, format: str
+) -> None:
+    path = write_as(tmp_path, format, [{"text": str(number)} for number in range(5)])
+    name = f"train.{format}"
+    assert validate_file(path, name, "pretraining", max_records=5).records == 5
+    assert fault(path, "pretraining", name, max_records=4).endswith(": the file has more than 4 records")
+
+
 def test_a_record_of_another_shape_than_the_first_is_refused_naming_both(tmp_path: Path) -> None:
     path = write(tmp_path, [ALPACA[0], {"prompt": "a", "completion": "b"}])
     assert fault(path) == (

@@ -6,18 +6,20 @@ row; the dispatcher's validation says the rest.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from comps.cores.errors import InvalidRequest
+from comps.cores.errors import InvalidRequest, ServiceError
 from comps.finetuning import catalog
 from comps.finetuning.jobs.find import find_base_model, find_checkpoint, find_data_file
 from comps.finetuning.jobs.hyperparameters import Effective, effective
 from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.secrets import Secrets
-from comps.finetuning.jobs.states import add_event
+from comps.finetuning.jobs.states import ACTIVE, add_event
 from comps.finetuning.owner import Owner
 from comps.finetuning.schemas.job_object import FineTuningJob
 from comps.finetuning.schemas.jobs import JobRequest
@@ -38,6 +40,14 @@ from comps.tuning.spec import (
 DEFAULT_SEED = 42
 
 
+class QueueFull(ServiceError):
+    """As many jobs wait as the operator allows."""
+
+    status, type, code = 429, "rate_limit_error", "queue_full"
+    # A queue of trainings is not shorter within the client's few seconds of retries.
+    headers: ClassVar[Mapping[str, str]] = {"x-should-retry": "false", "retry-after": "60"}
+
+
 def create_fine_tuning_job(
     database: Database,
     settings: Settings,
@@ -49,7 +59,7 @@ def create_fine_tuning_job(
     """Write the row of a new job, in ``validating_files``, with its warnings as events.
 
     Raises :class:`InvalidRequest` or :class:`NotFound` for what the request gets wrong, and
-    :class:`KeyTaken`; then there is no row.
+    :class:`QueueFull` and :class:`KeyTaken`; then there is no row.
     """
     values, overridden = effective(request)
     lora, nls_warnings = lora_spec(request.General.lora_config)
@@ -101,6 +111,7 @@ def create_fine_tuning_job(
         find_data_file(session, training_file.id, owner, "training_file")
         _validation_file(session, request, owner)
         _checkpoint(session, request, base_model, lora, owner)
+        _check_queue(session, settings)
         session.add(job)
         session.flush()
         add_event(session, job, f"Created fine-tuning job: {job_id}")
@@ -108,6 +119,15 @@ def create_fine_tuning_job(
             add_event(session, job, warning, level="warn")
         keep(session, repeat, FineTuningJob.of(job, settings))
     return job
+
+
+def _check_queue(session: Session, settings: Settings) -> None:
+    count = select(func.count()).where(JobRow.kind == "fine_tuning", JobRow.status.in_(ACTIVE))
+    if (session.scalar(count) or 0) >= settings.max_queued_jobs:
+        raise QueueFull(
+            f"{settings.max_queued_jobs} fine-tuning jobs have not ended, which is the limit "
+            "(FINETUNING_MAX_QUEUED_JOBS); try again when one has, or cancel one."
+        )
 
 
 def _validation_file(session: Session, request: JobRequest, owner: Owner) -> FileRow | None:
@@ -156,6 +176,8 @@ def _data(
         train_name=training_file.filename,
         validation_file=settings.files_dir / validation_file.id if validation_file else None,
         validation_name=validation_file.filename if validation_file else "",
+        max_record_bytes=settings.max_record_bytes,
+        max_records=settings.max_records,
         **fields,
     )
 

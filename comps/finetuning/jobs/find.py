@@ -16,7 +16,7 @@ from comps.finetuning import catalog
 from comps.finetuning.jobs.states import ACTIVE
 from comps.finetuning.owner import Owner
 from comps.finetuning.settings import Settings
-from comps.finetuning.store.tables import CheckpointRow, FileRow, JobRow, ModelRow
+from comps.finetuning.store.tables import CheckpointRow, FileRow, JobRow, ModelRow, UploadRow
 from comps.tuning.spec import ModelSpec
 
 DATA_PURPOSE = "fine-tune"
@@ -24,7 +24,10 @@ DATA_PURPOSE = "fine-tune"
 _SHOWN = 80
 
 
-def visible(table: type[JobRow] | type[FileRow] | type[ModelRow], owner: Owner) -> ColumnElement[bool]:
+Owned = type[JobRow] | type[FileRow] | type[ModelRow] | type[UploadRow]
+
+
+def visible(table: Owned, owner: Owner) -> ColumnElement[bool]:
     """The condition that ``owner`` may see a row: it is theirs, or nobody's, or they see everything."""
     if owner.sees_all:
         return true()
@@ -68,6 +71,14 @@ def find_file(session: Session, file_id: str, owner: Owner) -> FileRow:
     row = session.scalar(usable_files(owner).where(FileRow.id == file_id))
     if row is None:
         raise NotFound(f"There is no file {file_id[:_SHOWN]!r}.", param="file_id")
+    return row
+
+
+def find_upload(session: Session, upload_id: str, owner: Owner) -> UploadRow:
+    """An upload in parts, whatever became of it. Raises :class:`NotFound`."""
+    row = session.scalar(select(UploadRow).where(UploadRow.id == upload_id, visible(UploadRow, owner)))
+    if row is None:
+        raise NotFound(f"There is no upload {upload_id[:_SHOWN]!r}.", param="upload_id")
     return row
 
 

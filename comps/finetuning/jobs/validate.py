@@ -13,8 +13,14 @@ from comps.finetuning.catalog import check_on_hub
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.store.tables import JobRow
 from comps.tuning.data.apart import validate_safely
-from comps.tuning.errors import DataError, TuningError
+from comps.tuning.errors import DataError, RecordTooLarge, TooManyRecords, TuningError
 from comps.tuning.spec import TrainSpec
+
+# What the operator changes to allow more.
+_SETTINGS: dict[type[DataError], str] = {
+    RecordTooLarge: "FINETUNING_MAX_RECORD_BYTES",
+    TooManyRecords: "FINETUNING_MAX_RECORDS",
+}
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,14 @@ def validate(job: JobRow, secrets: Secrets) -> Verdict:
     warnings: list[str] = []
     for path, name, param, code in files:
         try:
-            warnings += validate_safely(path, name, spec.task).warnings
+            summary = validate_safely(
+                path, name, spec.task, limit=spec.data.max_record_bytes, max_records=spec.data.max_records
+            )
+            warnings += summary.warnings
         except DataError as error:
-            return Verdict((error.message, code, param))
+            setting = _SETTINGS.get(type(error))
+            message = f"{error.message} (the limit {setting})" if setting else error.message
+            return Verdict((message, code, param))
         except FileNotFoundError:
             return Verdict((f"The file {name} was deleted before the job began.", code, param))
     if not spec.base_model.local:

@@ -13,7 +13,7 @@ from sqlalchemy import select, tuple_
 from starlette.concurrency import run_in_threadpool
 
 from comps.cores.app import content
-from comps.cores.errors import Conflict, InvalidRequest
+from comps.cores.errors import Conflict, InvalidRequest, TooLarge
 from comps.cores.uploads import receive_upload
 from comps.finetuning.dependencies import (
     BlobsDep,
@@ -22,6 +22,7 @@ from comps.finetuning.dependencies import (
     OwnerDep,
     ReaderDep,
     SettingsDep,
+    UploadSlot,
 )
 from comps.finetuning.jobs.find import find_file, needs_file, usable_files, visible
 from comps.finetuning.jobs.repeats import Repeat, claim, digest, keep, once
@@ -61,7 +62,7 @@ _UPLOAD_FORM: dict[str, Any] = {
 }
 
 
-@router.post("", openapi_extra=_UPLOAD_FORM)
+@router.post("", openapi_extra=_UPLOAD_FORM, dependencies=[UploadSlot])
 async def upload_file(
     request: Request,
     owner: OwnerDep,
@@ -72,9 +73,11 @@ async def upload_file(
 ) -> FileObject:
     """Store a file; its bytes go to the disk as they arrive."""
     file_id = new_id("file")
-    writer = await run_in_threadpool(blobs.writer, file_id, settings.max_upload_bytes)
+    limit = settings.max_upload_bytes
+    message = f"The file is larger than the limit of {limit} bytes (FINETUNING_MAX_UPLOAD_BYTES)."
+    writer = await run_in_threadpool(blobs.writer, file_id, limit, TooLarge(message, param="file"))
     try:
-        upload = await receive_upload(request, "file", writer)
+        upload = await receive_upload(request, "file", writer, settings.upload_idle_seconds)
         if upload.filename is None:
             raise InvalidRequest("The upload's field 'file' is missing.", param="file")
         if writer.size == 0:
@@ -103,16 +106,11 @@ async def upload_file(
 def _keep(
     database: Database, blobs: Blobs, writer: BlobWriter, row: FileRow, repeat: Repeat | None
 ) -> FileObject:
-    writer.publish()
-    try:
-        with database.session() as session:
-            claim(session, repeat)
-            session.add(row)
-            session.flush()
-            keep(session, repeat, FileObject.of(row))
-    except BaseException:
-        blobs.delete(row.id)
-        raise
+    with blobs.published(writer), database.session() as session:
+        claim(session, repeat)
+        session.add(row)
+        session.flush()
+        keep(session, repeat, FileObject.of(row))
     return FileObject.of(row)
 
 

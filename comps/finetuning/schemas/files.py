@@ -15,7 +15,7 @@ from comps.finetuning.store.tables import FileRow
 PURPOSES = ("fine-tune", "assistants", "batch", "evals", "user_data", "vision")
 
 _NAME_LIMIT = 255
-_HOUR, _MONTH = 3600, 30 * 24 * 3600
+SHORTEST_LIFE, LONGEST_LIFE = 3600, 30 * 24 * 3600  # seconds, as OpenAI has them
 
 
 class FileObject(BaseModel):
@@ -82,7 +82,11 @@ def lifetime(fields: dict[str, str]) -> int | None:
     if anchor != "created_at":
         message = "expires_after.anchor must be 'created_at'."
         raise InvalidRequest(message, param="expires_after.anchor")
-    if seconds is None or not re.fullmatch(r"[0-9]{1,9}", seconds) or not _HOUR <= int(seconds) <= _MONTH:
-        message = f"expires_after.seconds must be a whole number from {_HOUR} to {_MONTH}."
+    if (
+        seconds is None
+        or not re.fullmatch(r"[0-9]{1,9}", seconds)
+        or not SHORTEST_LIFE <= int(seconds) <= LONGEST_LIFE
+    ):
+        message = f"expires_after.seconds must be a whole number from {SHORTEST_LIFE} to {LONGEST_LIFE}."
         raise InvalidRequest(message, param="expires_after.seconds")
     return int(seconds)

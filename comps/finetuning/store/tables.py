@@ -180,12 +180,17 @@ class UploadRow(Base):
     created_at: Mapped[float] = mapped_column(default=time.time)
     expires_at: Mapped[float]
     file_lifetime: Mapped[float | None]  # seconds that the file will be kept, if not for ever
-    file_id: Mapped[str | None]  # the file that was made of it
+    file_id: Mapped[str | None]  # the file that it became, or is about to become
     owner: Mapped[str | None]
+
+    def status_at(self, now: float | None = None) -> str:
+        """The status at a time (now), which is ``expired`` before anyone has written that down."""
+        expired = self.status == "pending" and self.expires_at <= (time.time() if now is None else now)
+        return "expired" if expired else self.status
 
 
 class PartRow(Base):
-    """One part of an upload; its bytes are a blob of the part's id until the upload ends."""
+    """One part of an upload that has not ended; its bytes are a blob of the part's id."""
 
     __tablename__ = "upload_parts"
 

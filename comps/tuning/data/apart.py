@@ -16,7 +16,7 @@ from pathlib import Path
 
 from comps.tuning.data.formats import detect_format
 from comps.tuning.data.records import Summary, validate_file
-from comps.tuning.errors import DataError, TuningError
+from comps.tuning.errors import DataError
 
 MEMORY = 1 << 30  # bytes; a batch of the longest records takes half of it
 _SOURCE_ROOT = Path(__file__).resolve().parents[3]
@@ -43,8 +43,8 @@ def validate_safely(path: Path, name: str, task: str, **limits: int) -> Summary:
     return Summary(**answer | {"warnings": tuple(answer["warnings"])})
 
 
-def _error_class(name: str) -> type[TuningError]:
-    kinds = [DataError, *DataError.__subclasses__()]
+def _error_class(name: str) -> type[DataError]:
+    kinds: list[type[DataError]] = [DataError, *DataError.__subclasses__()]
     return next(kind for kind in kinds if kind.__name__ == name)
 
 

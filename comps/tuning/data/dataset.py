@@ -146,7 +146,9 @@ def _read(
     """The usable rows of one file, at most the ``first`` of them."""
     name = name or path.name
     skipped = Skipped()
-    records = iter_checked(path, name, task, skipped=skipped)
+    records = iter_checked(
+        path, name, task, skipped=skipped, limit=spec.max_record_bytes, max_records=spec.max_records
+    )
     make_rows = text_rows if task == "pretraining" else instruction_rows
     counts = {"truncated": 0, "dropped": 0}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
 
 from comps.tuning.data.shapes import FIELDS
-from comps.tuning.errors import DataError
+from comps.tuning.errors import DataError, RecordTooLarge
 
 Format = Literal["json", "jsonl", "csv", "parquet"]
 Numbered = Iterator[tuple[int, dict[str, Any]]]
@@ -103,8 +103,14 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _too_large(where: str, limit: int) -> DataError:
-    return DataError(f"{where}: is larger than {limit:,} bytes")
+def _too_large(where: str, limit: int) -> RecordTooLarge:
+    return RecordTooLarge(f"{where}: is larger than {limit:,} bytes")
+
+
+def _exceeds(text: str, start: int, end: int, limit: int) -> bool:
+    """Whether ``text[start:end]`` has more than ``limit`` bytes; it is encoded only if that is open."""
+    length = end - start
+    return length > limit or (4 * length > limit and len(text[start:end].encode()) > limit)
 
 
 def _lines(stream: BinaryIO, name: str, limit: int) -> Iterator[tuple[int, str]]:
@@ -219,7 +225,7 @@ def _value(window: _Text, name: str, number: int, limit: int) -> Any:
             raise DataError(f"{where}: is not valid JSON: {error.msg}, line {line}") from error
         except RecursionError as error:
             raise DataError(f"{where}: is nested too deeply") from error
-        if end - window.position > limit:
+        if _exceeds(window.text, window.position, end, limit):
             raise _too_large(where, limit)
         window.position = end
         return value
@@ -239,15 +245,24 @@ def _read_csv(path: Path, name: str, limit: int) -> Numbered:
     # The limit is the process's own and only ever raised; the default of 128 KiB is less than a record.
     csv.field_size_limit(max(csv.field_size_limit(), limit))
     with open(path, "rb") as stream:
-        head = stream.read(_CHUNK)
+        head = stream.readline(min(limit, _CHUNK))
         stream.seek(0)
         delimiter = _delimiter(head) or ","
-        lines = (line for _, line in _lines(stream, name, limit))
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        size, line = 0, 1  # bytes of the present record, and its first line
+
+        def lines() -> Iterator[str]:
+            nonlocal size
+            for _, text in _lines(stream, name, limit):
+                size += len(text.encode())
+                if size > limit:  # quoted fields may hold any number of lines
+                    raise _too_large(f"{name}, line {line}", limit)
+                yield text
+
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
         fields: list[str] | None = None
-        line = 1
         try:
             for row in reader:
+                size = 0
                 if fields is None:
                     fields = [field.strip() for field in row]
                 elif row:

@@ -9,7 +9,7 @@ from typing import Any
 
 from comps.tuning.data.formats import MAX_RECORD_BYTES, Format, detect_format, read_records, unit
 from comps.tuning.data.shapes import Shape, check_record, expect_shape
-from comps.tuning.errors import DataError
+from comps.tuning.errors import DataError, TooManyRecords
 
 __all__ = ["Checked", "Skipped", "Summary", "iter_checked", "iter_records", "validate_file"]
 
@@ -79,13 +79,20 @@ def iter_records(
 
 
 def iter_checked(
-    path: Path, name: str, task: str, *, skipped: Skipped | None = None, limit: int = MAX_RECORD_BYTES
+    path: Path,
+    name: str,
+    task: str,
+    *,
+    skipped: Skipped | None = None,
+    limit: int = MAX_RECORD_BYTES,
+    max_records: int | None = None,
 ) -> Iterator[Checked]:
     """Stream the usable records of a file, each checked against the shape of the first one.
 
     ``task`` is ``instruction_tuning`` or ``pretraining``. Records with an empty field go to ``skipped``.
-    Raises :class:`DataError` for the first fault, and at the end of the file when no record was usable
-    or too many were empty (see :class:`Skipped`; empty plain texts are between paragraphs, and fine).
+    Raises :class:`DataError` for the first fault (a record above ``limit`` bytes or one more than
+    ``max_records`` are faults, too), and at the end of the file when no record was usable or too many
+    were empty (see :class:`Skipped`; empty plain texts are between paragraphs, and fine).
     """
     name = name or path.name
     format = detect_format(path, name)
@@ -93,8 +100,10 @@ def iter_checked(
     skipped = skipped if skipped is not None else Skipped()
     shape: Shape | None = None
     usable = 0
-    for number, record in read_records(path, name, format, limit):
+    for count, (number, record) in enumerate(read_records(path, name, format, limit), start=1):
         where = f"{name}, {counts} {number}"
+        if max_records is not None and count > max_records:
+            raise TooManyRecords(f"{where}: the file has more than {max_records:,} records")
         shape = shape or expect_shape(record, task, where)
         empty = check_record(record, shape, where)
         if empty is None:
@@ -107,10 +116,13 @@ def iter_checked(
         raise DataError(f"{name}: holds no usable record")
 
 
-def validate_file(path: Path, name: str, task: str, *, limit: int = MAX_RECORD_BYTES) -> Summary:
+def validate_file(
+    path: Path, name: str, task: str, *, limit: int = MAX_RECORD_BYTES, max_records: int | None = None
+) -> Summary:
     """Read the whole file once, in bounded memory. Raises :class:`DataError` for the first fault."""
     skipped = Skipped()
     records = 0
-    for checked in iter_checked(path, name, task, skipped=skipped, limit=limit):  # noqa: B007
+    found = iter_checked(path, name, task, skipped=skipped, limit=limit, max_records=max_records)
+    for checked in found:  # noqa: B007
         records += 1
     return Summary(records, checked.shape, detect_format(path, name or path.name), skipped.warnings())

@@ -1,0 +1,191 @@
+"""Kills a process at every statement of what it does with an upload, and looks at what the next start finds.
+
+A program of its own, since it forks, which only a process with one thread may do::
+
+    python -m tests.finetuning.kill_uploads DIRECTORY
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sqlalchemy import text
+
+import comps.finetuning.uploads
+from comps.cores.errors import TooLarge
+from comps.finetuning.settings import Settings
+from comps.finetuning.store.blobs import Blobs
+from comps.finetuning.store.database import Database
+from comps.finetuning.store.tables import FileRow, PartRow, UploadRow
+from comps.finetuning.sweep import tidy
+from comps.finetuning.uploads import cancel, complete, keep_part
+
+STORE = Path(comps.finetuning.uploads.__file__).parent / "store"
+WATCHED = {comps.finetuning.uploads.__file__, str(STORE / "blobs.py"), str(STORE / "database.py")}
+
+PARTS = {"part-1": b"one, ", "part-2": b"two, ", "part-3": b"three"}
+BODY = b"".join(PARTS.values())
+Act = Callable[[Database, Blobs], Any]
+
+
+class Place:
+    """A data directory with one pending upload ``upload-1`` of three parts, without a service."""
+
+    def __init__(self, directory: Path) -> None:
+        self.settings = Settings(data_dir=directory)
+        self.blobs = Blobs(self.settings.files_dir)
+
+    def prepare(self, parts: dict[str, bytes]) -> None:
+        self.settings.files_dir.mkdir(parents=True)
+        database = Database(self.settings.database_url)
+        database.migrate()
+        with database.session() as session:
+            session.add(
+                UploadRow(
+                    id="upload-1",
+                    filename="a",
+                    purpose="evals",
+                    bytes=len(BODY),
+                    mime_type="x",
+                    expires_at=4e9,
+                    status="pending",
+                )
+            )
+            session.flush()
+            for part_id, content in parts.items():
+                session.add(PartRow(id=part_id, upload_id="upload-1", bytes=len(content)))
+                self.blobs.path(part_id).write_bytes(content)
+        database.dispose()
+
+    def start(self) -> Database:
+        """What a service does before its first request."""
+        database = Database(self.settings.database_url)
+        tidy(self.settings, database, self.blobs)
+        with database.reading() as session:
+            assert session.scalar(text("PRAGMA integrity_check")) == "ok"
+        return database
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.settings.files_dir.iterdir()}
+
+
+def killed_at(statement: int, place: Place, act: Act) -> bool:
+    """Do ``act`` in a process that is killed before that statement; false if it has fewer."""
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFSIGNALED(status)
+    count = 0
+
+    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename not in WATCHED:
+            return None
+        count += event == "line"
+        if count == statement:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    code = 1
+    try:
+        database = Database(place.settings.database_url)
+        sys.settrace(trace)
+        act(database, place.blobs)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def everywhere(
+    directory: Path, parts: dict[str, bytes], act: Act, check: Callable[[Place, Database], Any]
+) -> None:
+    """Kill ``act`` at each of its statements; ``check`` what the next start finds each time."""
+    model = Place(directory / act.__name__)
+    model.prepare(parts)
+    seen: dict[Any, int] = {}
+    statement, died = 0, True
+    while died:
+        statement += 1
+        copy = directory / f"{act.__name__}-{statement}"
+        shutil.copytree(model.settings.data_dir, copy)
+        place = Place(copy)
+        died = killed_at(statement, place, act)
+        database = place.start()
+        found = check(place, database)
+        seen[found] = seen.get(found, 0) + 1
+        database.dispose()
+        shutil.rmtree(copy)
+    # It began before the change, ended after it, and was killed often enough on either side.
+    assert len(seen) == 2
+    assert statement > 20
+    print(act.__name__, statement - 1, seen)
+
+
+def status_of(database: Database) -> tuple[str, list[str]]:
+    with database.reading() as session:
+        upload = session.get_one(UploadRow, "upload-1")
+        return upload.status, [part.id for part in session.query(PartRow).order_by(PartRow.id)]
+
+
+def completing(database: Database, blobs: Blobs) -> str:
+    _, file = complete(database, blobs, "upload-1", None, list(PARTS), None)
+    return file.id
+
+
+def is_whole_or_as_before(place: Place, database: Database) -> str:
+    status, parts = status_of(database)
+    if status == "pending":
+        assert place.files() == PARTS
+        assert parts == list(PARTS)
+    else:
+        assert (status, parts, list(place.files().values())) == ("completed", [], [BODY])
+    file_id = completing(database, place.blobs)
+    assert place.files() == {file_id: BODY}
+    with database.reading() as session:
+        assert [row.id for row in session.query(FileRow)] == [file_id]
+    return status
+
+
+def sending(database: Database, blobs: Blobs) -> None:
+    content = PARTS["part-3"]
+    writer = blobs.writer("part-3", 100, TooLarge("no"))
+    try:
+        writer.write(content)
+        part = PartRow(id="part-3", upload_id="upload-1", bytes=len(content))
+        keep_part(database, blobs, writer, part, None)
+    finally:
+        writer.discard()
+
+
+def is_there_or_not(place: Place, database: Database) -> int:
+    status, parts = status_of(database)
+    assert status == "pending"
+    assert place.files() == {part_id: PARTS[part_id] for part_id in parts}
+    return len(parts)
+
+
+def cancelling(database: Database, blobs: Blobs) -> None:
+    cancel(database, blobs, "upload-1", None)
+
+
+def is_gone_or_as_before(place: Place, database: Database) -> str:
+    status, parts = status_of(database)
+    assert (list(place.files()) == []) == (parts == []) == (status == "cancelled")
+    cancelling(database, place.blobs)
+    assert place.files() == {}
+    return status
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    everywhere(root, PARTS, completing, is_whole_or_as_before)
+    everywhere(root, {name: PARTS[name] for name in ("part-1", "part-2")}, sending, is_there_or_not)
+    everywhere(root, PARTS, cancelling, is_gone_or_as_before)
