@@ -49,6 +49,8 @@ POST   /v1/uploads/{upload_id}/complete
 POST   /v1/uploads/{upload_id}/cancel
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}
 DELETE /v1/fine_tuning/jobs/{fine_tuning_job_id}
+POST   /v1/fine_tuning/jobs/{fine_tuning_job_id}/pause
+POST   /v1/fine_tuning/jobs/{fine_tuning_job_id}/resume
 POST   /v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/events
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints

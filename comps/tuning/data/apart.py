@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from comps.tuning.data.formats import detect_format
 from comps.tuning.data.records import Summary, validate_file
@@ -22,7 +23,7 @@ MEMORY = 1 << 30  # bytes; a batch of the longest records takes half of it
 _SOURCE_ROOT = Path(__file__).resolve().parents[3]
 
 
-def validate_safely(path: Path, name: str, task: str, **limits: int) -> Summary:
+def validate_safely(path: Path, name: str, task: str, **limits: Any) -> Summary:
     """As :func:`comps.tuning.data.records.validate_file`, whatever is in the file."""
     if detect_format(path, name or path.name) != "parquet":
         return validate_file(path, name, task, **limits)
