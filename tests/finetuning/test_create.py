@@ -55,8 +55,8 @@ def database(settings: Settings) -> Database:
 
 
 @pytest.fixture
-def secrets() -> Secrets:
-    return Secrets()
+def secrets(settings: Settings) -> Secrets:
+    return Secrets(settings.data_dir / "secrets.key")
 
 
 @pytest.fixture
@@ -163,11 +163,11 @@ def test_a_refused_request_leaves_no_row(create: Any, database: Database) -> Non
         assert session.scalars(select(JobRow)).all() == []
 
 
-def test_the_token_is_kept_in_memory_only(
+def test_the_token_is_kept_sealed_only(
     create: Any, secrets: Secrets, settings: Settings, database: Database
 ) -> None:
     job = create(General={"config": {"token": "hf_canary"}, "base_model": "org/tiny"}, model=None)
-    assert secrets.token(job.id) == "hf_canary"
+    assert secrets.token(job) == "hf_canary"
     assert "hf_canary" not in json.dumps([job.spec, job.request, job.warnings])
     database.dispose()
     files = [path for path in settings.data_dir.rglob("*") if path.is_file()]
