@@ -73,6 +73,13 @@ def test_every_route_is_named(tmp_path: Path) -> None:
         assert generic in named, path
 
 
+def test_every_proof_of_a_promise_is_a_test() -> None:
+    table = README.partition("## What it promises")[2].partition("## Measured")[0]
+    named = set(re.findall(r"`(test_\w+\.py)`", table))
+    assert len(named) > 10
+    assert named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+
+
 @pytest.mark.parametrize(
     "target", re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.M)
 )
