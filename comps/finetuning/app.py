@@ -80,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.secrets, app.state.cluster, app.state.dispatcher = secrets, cluster, dispatcher
             await cluster.start()
             await dispatcher.start()
-            sweeping = asyncio.create_task(sweep_hourly(database, blobs))
+            sweeping = asyncio.create_task(sweep_hourly(settings, database, blobs))
             try:
                 yield
             finally:

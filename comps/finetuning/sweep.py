@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from comps.cores.errors import ServiceError
 from comps.finetuning.jobs.find import needs_file
+from comps.finetuning.jobs.half_written import remove_half_written
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
@@ -52,11 +53,12 @@ def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
             shutil.rmtree(directory)
 
 
-async def sweep_hourly(database: Database, blobs: Blobs) -> None:
-    """Run :func:`remove_expired` every hour until cancelled."""
+async def sweep_hourly(settings: Settings, database: Database, blobs: Blobs) -> None:
+    """Remove what has expired and what was left half-written, now and every hour until cancelled."""
     while True:
-        await asyncio.sleep(_INTERVAL_SECONDS)
         try:
             await asyncio.to_thread(remove_expired, database, blobs)
+            await asyncio.to_thread(remove_half_written, database, settings)
         except (ServiceError, SQLAlchemyError, OSError) as error:
-            log.warning("expired files could not be removed, and will be tried again: %s", error)
+            log.warning("the disk could not be swept, and will be again in an hour: %s", error)
+        await asyncio.sleep(_INTERVAL_SECONDS)
