@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -25,12 +26,16 @@ class ServiceProcess:
     """``python -m comps.finetuning`` on a free port, with a data directory of its own.
 
     ``http`` is a plain HTTP client and ``openai`` the official one; both survive :meth:`restart`.
+    ``prefix`` is put before the command.
     """
 
     start_timeout = 30.0
 
-    def __init__(self, directory: Path, *, ray: bool = False, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, *, ray: bool = False, prefix: Sequence[str] = (), **environment: str
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        self._command = [*prefix, sys.executable, "-m", "comps.finetuning"]
         self.data_dir = directory / "data"
         self.models_dir = self.data_dir / "models"
         self._output, self._log = directory / "stdout.txt", directory / "stderr.txt"
@@ -59,7 +64,7 @@ class ServiceProcess:
         self._output.unlink(missing_ok=True)
         with open(self._output, "wb") as output, open(self._log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "comps.finetuning"],
+                self._command,
                 cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=log,
             )  # fmt: skip
         deadline = time.monotonic() + self.start_timeout

@@ -85,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
             await cluster.start()
             await dispatcher.start()
             await news.start()
-            sweeping = asyncio.create_task(sweep_hourly(database, blobs))
+            sweeping = asyncio.create_task(sweep_hourly(settings, database, blobs))
             try:
                 yield
             finally:

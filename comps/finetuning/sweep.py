@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from comps.cores.errors import ServiceError
 from comps.finetuning.jobs.find import needs_file
+from comps.finetuning.jobs.half_written import remove_half_written
 from comps.finetuning.jobs.repeats import forget_old
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.blobs import Blobs
@@ -87,13 +88,14 @@ def tidy(settings: Settings, database: Database, blobs: Blobs) -> None:
         settle(area, is_named)
 
 
-async def sweep_hourly(database: Database, blobs: Blobs) -> None:
-    """Remove what has expired, and forget old idempotency keys, every hour until cancelled."""
+async def sweep_hourly(settings: Settings, database: Database, blobs: Blobs) -> None:
+    """Remove what has expired, is too old or was left half-written, now and every hour until cancelled."""
     while True:
-        await asyncio.sleep(_INTERVAL_SECONDS)
         try:
             await asyncio.to_thread(remove_expired, database, blobs)
             await asyncio.to_thread(forget_old, database)
             await asyncio.to_thread(remove_expired_uploads, database, blobs)
+            await asyncio.to_thread(remove_half_written, database, settings)
         except (ServiceError, SQLAlchemyError, OSError) as error:
-            log.warning("what has expired could not be removed, and will be tried again: %s", error)
+            log.warning("the disk could not be swept, and will be again in an hour: %s", error)
+        await asyncio.sleep(_INTERVAL_SECONDS)

@@ -80,7 +80,8 @@ def carry_out(
         except Exception as error:
             # Among several workers a RuntimeError is often only the echo of another one's death (gloo's
             # closed connection): then nothing is recorded, and the run is started again.
-            if workers == 1 or not isinstance(error, RuntimeError):
+            echo = workers > 1 and isinstance(error, RuntimeError)
+            if not echo or outcome.disk_is_full(error, directory):
                 outcome.failed(directory, error)
             else:
                 outcome.suspect(directory, error)

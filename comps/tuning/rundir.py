@@ -41,12 +41,13 @@ OUTPUT = "output"
 REPORTS = "reports"
 SCRATCH = "scratch"
 LOCK = ".lock"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CHECKPOINT_PREFIX = "checkpoint-"
 
 
 def disk_is_full(error: OSError) -> bool:
     """Whether ``error`` is the operating system's word for a full disk, or a spent quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return error.errno in DISK_FULL
 
 
 def fsync_path(path: Path) -> None:
@@ -61,11 +62,15 @@ def fsync_path(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that readers see the old file or the whole new one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2, ensure_ascii=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk, half of it must not stay
+        raise
     fsync_path(path.parent)
 
 

@@ -296,30 +296,6 @@ def test_a_file_that_an_unfinished_job_needs_cannot_be_deleted(server) -> None:
     assert file_id not in stored(server)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An 8 MB file system of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
-def test_a_full_disk_is_507_and_the_service_lives_on(make_server, small_disk: Path) -> None:
-    service = make_server(FINETUNING_DATA_DIR=str(small_disk / "data"))
-    service.data_dir = small_disk / "data"
-    kept = upload(service.http, content=b"x" * 1_000_000).json()
-    for _ in range(2):
-        answer = upload(service.http, content=b"x" * 9_000_000)
-        assert answer.status_code == 507, answer.text
-        assert answer.json()["error"]["code"] == "insufficient_storage"
-        assert stored(service) == {kept["id"]}
-    assert upload(service.http).status_code == 200
-
-
 def test_without_the_key_nothing_is_answered_but_health(make_server) -> None:
     service = make_server(FINETUNING_API_KEYS="the-key")
     file_id = upload(service.http).json()["id"]

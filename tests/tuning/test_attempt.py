@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from comps.tuning import rundir
 from comps.tuning.attempt import Superseded, alone, carry_out
@@ -69,6 +70,11 @@ def test_a_run_that_stopped_on_request_leaves_no_result(tmp_path: Path) -> None:
         (ZeroDivisionError("oh"), "server_error", "unexpected ZeroDivisionError: oh"),
         (OSError(errno.ENOSPC, "No space left"), "insufficient_resources", "the disk is full"),
         (
+            SafetensorError("Error while serializing: No space left on device (os error 28)"),
+            "insufficient_resources",
+            "the disk is full",
+        ),
+        (
             RuntimeError("DefaultCPUAllocator: can't allocate memory"),
             "insufficient_resources",
             "not enough memory",
@@ -95,3 +101,17 @@ def test_a_closed_connection_among_several_workers_is_no_result(tmp_path: Path) 
     with pytest.raises(DataError):
         carry_out(tmp_path, fails(DataError("empty")), rank=1, workers=2)
     assert result(tmp_path)["error"]["message"] == "empty"
+
+
+def test_of_the_failures_of_several_workers_the_first_stands(tmp_path: Path) -> None:
+    for error in (DataError("empty"), DataError("its echo")):
+        with pytest.raises(DataError):
+            carry_out(tmp_path, fails(error), rank=1, workers=2)
+    assert result(tmp_path)["error"]["message"] == "empty"
+
+
+def test_a_failed_run_keeps_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / rundir.SCRATCH / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(DataError):
+        carry_out(tmp_path, fails(DataError("empty")))
+    assert {path.name for path in tmp_path.iterdir()} == {rundir.LOCK, rundir.RESULT}

@@ -8,6 +8,7 @@ row locks (``SELECT ... FOR UPDATE``) do the same.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_TIMEOUT_MS = 30_000
 # FastAPI runs plain routes on up to 40 threads; each may hold a connection, beside the dispatcher.
 _CONNECTIONS = 48
+# With less than this free (bytes), an I/O error of the database is put down to a full disk.
+_NEXT_TO_NOTHING = 256 * 1024
+# What SQLite says when the file that its connections share cannot grow, or a file cannot be made.
+_PERHAPS_FULL = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
 
 class Database:
@@ -48,23 +53,34 @@ class Database:
         allowed; what follows it is a new transaction. Raises :class:`InsufficientStorage` and
         :class:`Unavailable` besides SQLAlchemy's own errors.
         """
-        try:
-            with Session(self.engine, expire_on_commit=False) as session:
-                yield session
-                session.commit()
-        except OperationalError as error:
-            code = getattr(error.orig, "sqlite_errorcode", None)
-            if code == sqlite3.SQLITE_FULL:
-                raise InsufficientStorage("The service's disk is full; nothing was changed.") from error
-            if code == sqlite3.SQLITE_BUSY:
-                raise Unavailable("The database is busy; nothing was changed, try again.") from error
-            raise
+        with self._errors(), Session(self.engine, expire_on_commit=False) as session:
+            yield session
+            session.commit()
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A consistent view for queries only; writers are neither awaited nor held up."""
-        with Session(self._readers, expire_on_commit=False) as session:
+        with self._errors(), Session(self._readers, expire_on_commit=False) as session:
             yield session
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OperationalError as error:
+            if self._disk_is_full(error):
+                raise InsufficientStorage("The service's disk is full; nothing was changed.") from error
+            if _sqlite_code(error) == sqlite3.SQLITE_BUSY:
+                raise Unavailable("The database is busy; nothing was changed, try again.") from error
+            raise
+
+    def _disk_is_full(self, error: DatabaseError) -> bool:
+        """Whether a full disk is behind ``error``, as SQLite says or, if that is unclear, the disk itself."""
+        code = _sqlite_code(error)
+        if code not in _PERHAPS_FULL:
+            return code == sqlite3.SQLITE_FULL
+        facts = os.statvfs(Path(self.engine.url.database or "").parent)
+        return facts.f_bavail * facts.f_frsize < _NEXT_TO_NOTHING or facts.f_files > facts.f_favail == 0
 
     def migrate(self) -> None:
         """Bring the schema to this version, in one transaction.
@@ -86,7 +102,9 @@ class Database:
                 command.upgrade(config, "head")
         except (CommandError, DatabaseError) as error:
             where = self.engine.url.render_as_string(hide_password=True)
-            reason = error.orig if isinstance(error, DatabaseError) else error
+            reason: object = error
+            if isinstance(error, DatabaseError):
+                reason = "its disk is full" if self._disk_is_full(error) else error.orig
             raise StartupError(f"The database {where} cannot be brought up to date: {reason}.") from error
 
     def _is_current(self) -> bool:
@@ -102,6 +120,11 @@ class Database:
     def dispose(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def _sqlite_code(error: DatabaseError) -> int:
+    """SQLite's primary result code, without the bits that say where in SQLite; 0 for others' errors."""
+    return int(getattr(error.orig, "sqlite_errorcode", 0)) & 0xFF
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:
