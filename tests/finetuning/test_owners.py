@@ -197,6 +197,14 @@ def test_a_refusal_does_not_name_what_is_another_keys(service: ServiceProcess, t
         first.post(f"{JOBS}/{job}/cancel")
 
 
+def test_an_operators_key_alone_closes_the_service_to_strangers(make_server: Any) -> None:
+    service = make_server(FINETUNING_OPERATOR_KEYS="operator")
+    assert service.http.get("/v1/files").status_code == 401
+    with client(service, "operator") as operator:
+        assert operator.get("/v1/files").json()["data"] == []
+    assert "operator" not in service.log
+
+
 def test_a_stranger_is_refused_everywhere(service: ServiceProcess, things: Any) -> None:
     with client(service, "third") as third:
         for method, path, body in about(things["shared"]) + changes(things["shared"]):

@@ -114,7 +114,7 @@ def _kept(database: Database, repeat: Repeat) -> dict[str, Any] | None:
         row = _row(session, repeat)
     if row is not None and row.request != repeat.request:
         raise InvalidRequest(
-            f"The {HEADER} {repeat.key!r} was used for another request; give each request a key of its own.",
+            f"The {HEADER} {repeat.key[:80]!r} was used for another request; give each a key of its own.",
             param=HEADER,
             code="idempotency_key_reused",
         )
