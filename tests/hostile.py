@@ -69,7 +69,7 @@ class Bomb:
 
 
 def plain_pickle(canary: Path) -> bytes:
-    return pickle.dumps(Bomb(canary))
+    return pickle.dumps(Bomb(canary), protocol=2)
 
 
 def torch_pickle(canary: Path) -> bytes:

@@ -137,19 +137,41 @@ def test_a_checkpoint_with_another_pickle_is_refused_and_does_not_run(
     assert refused.value.param == "General.resume_from_checkpoint"
 
 
-def test_so_is_another_job_s_checkpoint_and_what_is_added_to_one_is_not_looked_at(
+def from_checkpoint(trained: tuple[TrainSpec, Run], start: Path, directory: Path) -> Run:
+    """A run that starts from another one's checkpoint and does one more step."""
+    longer = trained[0].training.model_copy(update={"max_train_steps": 3})
+    changes = {"training": longer, "directory": directory, "resume_from": start}
+    return run(trained[0].model_copy(update=changes))
+
+
+def test_another_job_s_changed_checkpoint_is_refused_as_well(
     trained: tuple[TrainSpec, Run], tmp_path: Path, canary: Path
 ) -> None:
-    longer = trained[0].training.model_copy(update={"max_train_steps": 3})
-    changes = {"training": longer, "directory": tmp_path / "run"}
-    start = tampered(trained, tmp_path / "one", "optimizer.pt", torch_pickle(canary))
-    with pytest.raises(TuningError, match="holds more than tensors"):
-        run(trained[0].model_copy(update={**changes, "resume_from": start}))
-    shutil.rmtree(tmp_path / "run")
-    for name in ("adapter_model.bin", "pytorch_model.bin", "scaler.pt", "training_args.bin"):
+    for name in ("optimizer.pt", "pytorch_model.bin"):  # the second one is not there otherwise
         start = tampered(trained, tmp_path / name, name, torch_pickle(canary))
-        run(trained[0].model_copy(update={**changes, "resume_from": start}))
-        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(TuningError, match="holds more than tensors"):
+            from_checkpoint(trained, start, tmp_path / "run")
+
+
+def test_other_pickles_in_a_checkpoint_are_not_looked_at(
+    trained: tuple[TrainSpec, Run], tmp_path: Path, canary: Path
+) -> None:
+    start = trained[1].output / "checkpoint-2"
+    for name in ("adapter_model.bin", "training_args.bin", "other.pt"):
+        start = tampered((trained[0], Run(start.parents[1])), tmp_path / name, name, torch_pickle(canary))
+    assert from_checkpoint(trained, start, tmp_path / "run").series("train_loss")[0][0] == 3
+
+
+def test_a_file_that_was_added_to_a_checkpoint_is_damage(
+    trained: tuple[TrainSpec, Run], tmp_path: Path, canary: Path
+) -> None:
+    start = tmp_path / "checkpoint-2"
+    shutil.copytree(trained[1].output / "checkpoint-2", start)
+    (start / ".nfs0001").touch()
+    assert damage(start) is None
+    (start / "pytorch_model.bin").write_bytes(torch_pickle(canary))
+    with pytest.raises(TuningError, match=r"cannot be used: pytorch_model\.bin was added after it was written"):
+        from_checkpoint(trained, start, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if _sha256(path) != digest:
             return f"{name} has changed since it was written"
+    # Hidden files are those of file systems and people; nothing reads them.
+    present = (path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
+    visible = {path.as_posix() for path in present if not path.name.startswith(".")}
+    if added := visible - files.keys() - {MANIFEST}:
+        return f"{min(added)} was added after it was written"
     return None
 
 
