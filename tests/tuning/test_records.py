@@ -203,6 +203,18 @@ def test_a_large_parquet_record_is_refused(tmp_path: Path) -> None:
     assert fault(path, "pretraining", limit=1000) == "train.json, record 2: is larger than 1,000 bytes"
 
 
+def test_many_large_parquet_records_are_not_in_memory_at_once(tmp_path: Path) -> None:
+    path = write_as(tmp_path, "parquet", [{"text": "x" * 1_000_000}] * 256)
+    assert path.stat().st_size < 2_000_000
+    code = (
+        "import sys, pyarrow; from pathlib import Path; from comps.tuning.data.records import iter_records\n"
+        "assert sum(1 for _ in iter_records(Path(sys.argv[1]))) == 256\n"
+        "print(pyarrow.default_memory_pool().max_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50_000_000
+
+
 def test_a_csv_record_of_many_lines_is_refused_without_being_read_whole(tmp_path: Path) -> None:
     columns, line = 50, "x" * 98 + "\n"
     cells = ",".join(['"' + line * 9_000 + '"'] * columns)  # 45 MB, of which no field passes the limit

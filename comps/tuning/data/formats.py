@@ -284,7 +284,8 @@ def _read_parquet(path: Path, name: str, limit: int) -> Numbered:
         with ParquetFile(path, buffer_size=_CHUNK) as file:
             # Without a column we know, the first record tells people what the file holds instead.
             columns = [column for column in file.schema_arrow.names if column in FIELDS] or None
-            for batch in file.iter_batches(batch_size=64, columns=columns):
+            # A large value that all records share is in the file once, but in each record of a batch.
+            for batch in file.iter_batches(batch_size=16, columns=columns):
                 for row in range(batch.num_rows):
                     number += 1
                     record = batch.slice(row, 1)
