@@ -149,7 +149,7 @@ def test_jobs_that_meet_a_full_disk_fail_with_a_typed_error_while_others_go_on(
     service = make_service(ray=True)
     # They are queued until Ray answers: time to give two of them disks of their own that are too small.
     file_id = upload(service)
-    one_by_one = {"max_train_steps": 60, "epochs": 20}
+    one_by_one = {"max_train_steps": 20}
     no_room, little_room, enough = (
         create(service, file_id, General={"save_steps": 1}, Training=one_by_one) for _ in range(3)
     )
