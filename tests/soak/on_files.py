@@ -50,7 +50,7 @@ class OnFiles(Asking):
     def upload_huge(self, bytes: int) -> object:
         """Stored, read again, deleted."""
         file_id = self._send(b"0123456789abcdef" * (bytes // 16), purpose="user_data")
-        return file_id and (self._read(file_id), self._delete(file_id))
+        return file_id and (self._read(file_id), self._delete_file(file_id))
 
     def upload_too_big(self) -> object:
         files = {"file": ("a", b"x" * (MAX_UPLOAD + 1))}
@@ -87,7 +87,7 @@ class OnFiles(Asking):
         file_id = pick([*self.world.promises.files], file)
         return file_id and self._read(file_id)
 
-    def _delete(self, file_id: str) -> object:
+    def _delete_file(self, file_id: str) -> object:
         # Before the answer, which may be lost.
         self.world.promises.deleted_files.add(file_id)
         answer = self.ask("DELETE", f"/v1/files/{file_id}", 200, 404, 409)
@@ -98,4 +98,4 @@ class OnFiles(Asking):
     def delete_file(self, file: float) -> object:
         left = [each for each in self.world.promises.files if each not in self.world.promises.deleted_files]
         file_id = pick(left, file)
-        return file_id and self._delete(file_id)
+        return file_id and self._delete_file(file_id)
