@@ -19,6 +19,9 @@ from small_disk import SmallDisk, small_disk
 MEGABYTE = 1_000_000
 
 
+pytestmark = pytest.mark.trust
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base models, on a disk with room."""

@@ -16,6 +16,8 @@ from fixtures_service import MODEL, create, job, local_head, trainers, upload
 from health_watch import HealthWatch
 from service_process import ServiceProcess
 
+pytestmark = pytest.mark.trust
+
 JOBS = 200
 WITHIN = 1.0  # seconds
 # Bytes, from the 50th job to the 200th: each job that waits takes some kilobytes while the queue is looked

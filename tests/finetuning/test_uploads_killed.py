@@ -18,6 +18,9 @@ from service_process import ROOT, ServiceProcess
 PART = b"0123456789abcdef" * 2**19  # 8 MiB
 
 
+pytestmark = pytest.mark.trust
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     with closing(ServiceProcess(tmp_path_factory.mktemp("killed"))) as service:
