@@ -59,7 +59,9 @@ class Place:
         """All that no name may change: what lies beside the data, and in the data what is not a file's."""
         data = self.server.data_dir
         within = [data / name for name in ("models", "models-evil", "jobs", "adapters")]
-        beside = set(os.listdir(data.parent)) | set(os.listdir(data)), set(os.listdir(ROOT))
+        # SQLite's journals come and go, and the first token makes the key.
+        own = {name for name in os.listdir(data) if not name.startswith(("finetuning.db", "secrets.key"))}
+        beside = set(os.listdir(data.parent)) | own, set(os.listdir(ROOT))
         return tree(self.outside, data.parent / "data-evil", *within), *beside
 
     def refused(self, method: str, path: str, body: Any = None) -> None:
