@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -97,6 +98,8 @@ class Runs:
         changes = {"attempt": attempt, "submission_id": submission, "stopped": False}
         changes["cpus"] = wanted.workers * wanted.cores if wanted else None
         if not await self.change(job, lambda s, row: transition(s, row, "running", message, **changes)):
+            if not job.attempt:  # nothing was ever run there, and the job may be deleted by now
+                await asyncio.to_thread(shutil.rmtree, path.parent)
             return
         job.status = "running"
         # A single worker trains in the run's first process, several get one each from Ray Train.
