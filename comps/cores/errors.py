@@ -36,6 +36,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 IDS = ("fine_tuning_job_id", "id")
+_LONGEST_ID = 1000  # characters; what is longer is no id, and is not repeated
 _QUOTED_INPUT = 80
 # Fields whose values are not repeated in messages.
 _SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
@@ -145,7 +146,9 @@ def request_ids(request: Request) -> dict[str, str]:
     """The ids that a request names in its path or in its JSON body."""
     sent = getattr(request.state, "json", None)  # read by comps.cores.middleware.JsonBodies
     found = (sent if isinstance(sent, dict) else {}) | request.path_params
-    return {key: found[key] for key in IDS if isinstance(found.get(key), str)}
+    return {
+        key: value for key in IDS if isinstance(value := found.get(key), str) and len(value) <= _LONGEST_ID
+    }
 
 
 def describe_problem(problem: Mapping[str, Any]) -> tuple[str, str | None]:

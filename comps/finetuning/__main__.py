@@ -58,9 +58,11 @@ class Server(uvicorn.Server):
 async def serve(settings: Settings) -> None:
     """Start everything, answer requests until a signal comes, stop everything."""
     app = create_app(settings)
+    # Where httptools is installed uvicorn would take it, which puts no bounds on headers.
     config = uvicorn.Config(
-        app, lifespan="off", log_config=None, server_header=False, timeout_graceful_shutdown=_GRACE_SECONDS
-    )
+        app, http="h11", lifespan="off", log_config=None, server_header=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+    )  # fmt: skip
     server = Server(config, on_exit=app.state.news.close)
     # uvicorn takes these over while it serves and raises them again when it is done; with its own
     # handler behind, a signal during start or stop only asks for the end, too.

@@ -134,7 +134,8 @@ def check_on_hub(name: str, token: str | None, own_code: bool = False) -> None:
         ) from error
     except Exception as error:  # the hub client lets the errors of its HTTP library through
         raise Unavailable(
-            f"The Hugging Face hub could not be asked for the model {name!r}: {type(error).__name__}."
+            f"The Hugging Face hub could not be asked for the model {name!r}: {type(error).__name__}.",
+            param="model",
         ) from error
 
     files = {sibling.rfilename for sibling in model.siblings or ()}

@@ -218,8 +218,8 @@ def test_an_archive_as_data_fails_its_job_and_is_not_unpacked(
 
 @pytest.mark.usefixtures("flat")
 def test_long_heads_and_long_queries_are_refused(server: ServiceProcess) -> None:
-    for headers in ({"x-long": "x" * 100_000}, {f"x-{n}": "y" for n in range(10_000)}):
-        assert post_headers(server, headers) in (400, 431)
+    for headers in ({"x-long": "x" * 5_000_000}, {f"x-{n}": "y" for n in range(300_000)}):
+        assert status_with(server, headers) in (400, 431, None)
     query = "&".join(f"metadata[k{n}]=v" for n in range(700))
     answer = server.http.get(f"/v1/fine_tuning/jobs?{query}")
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "metadata")
@@ -232,12 +232,15 @@ def test_long_heads_and_long_queries_are_refused(server: ServiceProcess) -> None
     assert len(answer.content) <= 5200
 
 
-def post_headers(server: ServiceProcess, headers: dict[str, str]) -> int:
-    """The status of an answer to a request with these headers, whether or not it was read to its end."""
+def status_with(server: ServiceProcess, headers: dict[str, str]) -> int | None:
+    """The status of an answer to a request with these headers; ``None`` when they are not even read."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     with connection(server) as line:
-        line.sendall(f"GET /health HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
-        return int(line.recv(100).split()[1])
+        try:
+            line.sendall(f"GET /health HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
+            return int(line.recv(100).split()[1])
+        except ConnectionError:
+            return None
 
 
 def connection(service: ServiceProcess) -> socket.socket:

@@ -144,19 +144,25 @@ HUB_FILES = ["config.json", "tokenizer.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "config", "said"),
     [
-        (HUB_FILES, "usable"),
-        (["config.json", "tokenizer.json", "pytorch_model.bin"], "has no safetensors weights"),
-        (["config.json", "tokenizer.json", "onnx/model.safetensors"], "has no safetensors weights"),
-        (HUB_FILES[1:], "has no config.json"),
-        (["config.json", "model.safetensors"], "has no tokenizer"),
+        (HUB_FILES, None, "usable"),
+        (["config.json", "tokenizer.json", "pytorch_model.bin"], None, "has no safetensors weights"),
+        (["config.json", "tokenizer.json", "onnx/model.safetensors"], None, "has no safetensors weights"),
+        (HUB_FILES[1:], None, "has no config.json"),
+        (["config.json", "model.safetensors"], None, "has no tokenizer"),
+        (HUB_FILES, {"model_type": "llama"}, "usable"),
+        (HUB_FILES, {"model_type": "t5"}, "is of the type 't5', which is no causal language model"),
+        (HUB_FILES, {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}, "needs code of its own"),
     ],
 )
-def test_a_model_on_the_hub_must_have_the_files_that_are_needed(files: list[str], said: str) -> None:
+def test_a_model_on_the_hub_must_have_the_files_that_are_needed(
+    files: list[str], config: dict[str, object] | None, said: str
+) -> None:
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps({"id": "org/some", "siblings": [{"rfilename": name} for name in files]})
+            siblings = [{"rfilename": name} for name in files]
+            body = json.dumps({"id": "org/some", "siblings": siblings, "config": config})
             self.send_response(200)
             self.end_headers()
             self.wfile.write(body.encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
@@ -9,10 +11,14 @@ from fixtures_models import tiny_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import patches
 from patches import PatchError
 from patches.peft import ElasticRank, check_seam, make_layer_elastic
+from patches.transformers import causal_lm_types
+
+TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict"
 
 
 class Group:
@@ -37,6 +43,22 @@ def test_apply_may_be_called_again_and_leaves_random_numbers_alone():
     patches.apply()
     patches.apply()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_model_types_read_from_the_source_are_those_that_transformers_takes():
+    assert causal_lm_types() == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize(
+    "source", ["", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = load()", f"{TABLE}([('a', B), 'c'])"]
+)
+def test_a_table_of_another_form_is_said_to_be_missing(tmp_path, monkeypatch, source):
+    (tmp_path / "models" / "auto").mkdir(parents=True)
+    (tmp_path / "models" / "auto" / "modeling_auto.py").write_text(source)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
+    with pytest.raises(PatchError, match=r"transformers .* has no list of pairs called MODEL_FOR_CAUSAL_LM"):
+        causal_lm_types.__wrapped__()
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])

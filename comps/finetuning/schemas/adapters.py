@@ -45,7 +45,8 @@ class AdapterRequest(Tolerant):
 class ExtractRequest(AdapterRequest):
     """Cut a sub-adapter out of a super-adapter."""
 
-    custom_config: Annotated[list[Integer], Field(max_length=100_000)] | None = Field(
+    # Without fail_fast a long list of nonsense is a hundred thousand errors.
+    custom_config: Annotated[list[Integer], Field(max_length=100_000, fail_fast=True)] | None = Field(
         None, description="One rank for each group and layer: index = group * layers + layer"
     )
     form: Literal["pattern", "uniform"] = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from comps.finetuning.schemas.dataset import DatasetBlock
 from comps.finetuning.schemas.general import GeneralBlock
@@ -33,6 +33,18 @@ MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
+def _not_many(value: object) -> object:
+    """Before the pairs are looked at, each of which may be an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_METADATA:
+        raise ValueError(f"at most {MAX_METADATA} keys are allowed, not {len(value)}")
+    return value
+
+
+Metadata = Annotated[
+    dict[MetadataKey, MetadataValue], BeforeValidator(_not_many), Field(max_length=MAX_METADATA)
+]
+
+
 class JobRequest(Tolerant):
     """See the module. ``General.base_model`` may stand in for ``model``."""
 
@@ -45,7 +57,7 @@ class JobRequest(Tolerant):
     method: Method | None = None
     suffix: Name | None = None
     seed: Seed | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = None
+    metadata: Metadata | None = None
     integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
     priority: int = Field(0, ge=-100, le=100, description="Jobs of higher priority begin first")
     time_limit: float | None = Field(

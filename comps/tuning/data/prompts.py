@@ -79,6 +79,10 @@ def _render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerB
             rendered = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=cue)
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the tokenizer's chat template refuses the chat: {error}") from error
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ModelError(
+                f"the base model's chat template cannot be used: {type(error).__name__}: {error}"
+            ) from error
         return str(rendered)
 
     last = len(messages) - 1
