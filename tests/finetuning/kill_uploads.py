@@ -1,4 +1,4 @@
-"""Kills a process at every statement of what it does with an upload, and looks at what the next start finds.
+"""Kills a process in every state of the disk that work on an upload goes through, and starts anew from there.
 
 A program of its own, since it forks, which only a process with one thread may do::
 
@@ -8,7 +8,6 @@ A program of its own, since it forks, which only a process with one thread may d
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sqlite3
 import sys
@@ -83,22 +82,23 @@ class Place:
         return {path.name: path.read_bytes() for path in self.settings.files_dir.iterdir()}
 
 
-def killed_at(statement: int, place: Place, act: Act) -> bool:
-    """Do ``act`` in a process that is killed before that statement; false if it has fewer."""
+def in_a_child(place: Place, act: Act, before: Callable[[int], None]) -> int:
+    """Do ``act`` in a process of its own, which calls ``before`` each watched statement.
+
+    Returns that process's exit code, or the signal's number times -1.
+    """
     child = os.fork()
     if child:
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-        return os.WIFSIGNALED(status)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     count = 0
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
         nonlocal count
         if frame.f_code.co_filename not in WATCHED:
             return None
-        count += event == "line"
-        if count == statement:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "line":
+            count += 1
+            before(count)
         return trace
 
     code = 1
@@ -111,32 +111,49 @@ def killed_at(statement: int, place: Place, act: Act) -> bool:
         os._exit(code)
 
 
+def steps(place: Place, act: Act, notes: Path) -> list[int]:
+    """The statements before which the disk is not as it was before the statement before."""
+    last: tuple[str, ...] = ()
+
+    def look(statement: int) -> None:
+        nonlocal last
+        if (now := place.state()) != last:
+            last = now
+            with open(notes, "a") as stream:
+                stream.write(f"{statement}\n")
+
+    assert in_a_child(place, act, look) == 0
+    return [int(line) for line in notes.read_text().splitlines()]
+
+
 def everywhere(
     directory: Path, parts: dict[str, bytes], act: Act, check: Callable[[Place, Database], Any]
 ) -> None:
-    """Kill ``act`` at each of its statements; ``check`` what the next start finds each time."""
-    model = Place(directory / act.__name__)
-    model.prepare(parts)
-    seen: dict[Any, int] = {}
-    states: dict[tuple[str, ...], Any] = {}
-    statement, died = 0, True
-    while died:
-        statement += 1
-        copy = directory / f"{act.__name__}-{statement}"
-        shutil.copytree(model.settings.data_dir, copy)
-        place = Place(copy)
-        died = killed_at(statement, place, act)
-        left = place.state()
-        if left not in states:  # between two changes of the disk all kills are alike
-            database = place.start()
-            states[left] = check(place, database)
-            database.dispose()
-        seen[states[left]] = seen.get(states[left], 0) + 1
-        shutil.rmtree(copy)
-    # It began before the change, ended after it, and was killed often enough on either side.
-    assert len(seen) == 2
-    assert statement > 20
-    print(act.__name__, statement - 1, seen, len(states))
+    """Kill ``act`` in each state in which it leaves the disk; ``check`` what the next start finds there."""
+    name = act.__name__
+
+    def fresh(suffix: str) -> Place:
+        place = Place(directory / f"{name}-{suffix}")
+        place.prepare(parts)
+        return place
+
+    found = []
+    for step in steps(fresh("looked-at"), act, directory / f"{name}.txt"):
+        place = fresh(str(step))
+
+        def kill(statement: int, step: int = step) -> None:
+            if statement == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert in_a_child(place, act, kill) == -signal.SIGKILL
+        database = place.start()
+        found.append(check(place, database))
+        database.dispose()
+    print(name, found)
+    # One change at one moment, and half-done work before or after it.
+    assert found == sorted(found, key=found.index)
+    assert len(set(found)) == 2
+    assert len(found) > 2
 
 
 def status_of(database: Database) -> tuple[str, list[str]]:

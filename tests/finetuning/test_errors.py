@@ -184,6 +184,7 @@ def ask(path: str) -> httpx.Response:
         lifespan=_nothing,
         health=dict,
         max_body_bytes=99,
+        max_body_setting="TEST_MAX_BODY_BYTES",
     )
 
     @app.post("/bug/{id}")

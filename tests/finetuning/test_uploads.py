@@ -12,7 +12,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from fixtures_uploads import announce, content, database_of, expire, send, state, stored
+from fixtures_uploads import announce, content, database_of, expire, send, state, stored, until
 from service_process import ServiceProcess
 from sqlalchemy import select
 
@@ -158,6 +158,27 @@ def test_a_wrong_completion_is_refused_and_a_right_one_still_works(server: Servi
     assert stored(server) == before
     done = server.openai.uploads.complete(upload.id, part_ids=[parts[1], parts[2]], md5=md5(b"cdab"))
     assert content(server, done) == b"cdab"
+
+
+def test_of_a_completion_and_a_cancellation_at_once_one_wins(server: ServiceProcess) -> None:
+    size = 16_000_000
+    before = stored(server)
+    upload = announce(server, 2 * size)
+    parts = send(server, upload, b"x" * size, b"y" * size)
+    with ThreadPoolExecutor() as pool:
+        completing = pool.submit(completes, server, upload, part_ids=parts)
+        until(lambda: stored(server) - before - set(parts), pause=0)
+        cancelled = server.http.post(f"/v1/uploads/{upload.id}/cancel")
+    completed = completing.result()
+    if completed.is_success:
+        refusal(cancelled, 409, "upload_completed", "upload_id")
+        file_id = completed.json()["file"]["id"]
+        assert stored(server) - before == {file_id}
+        server.openai.files.delete(file_id)
+    else:
+        refusal(completed, 409, "upload_cancelled", "upload_id")
+        assert cancelled.is_success
+    assert stored(server) == before
 
 
 WRONG: list[tuple[dict[str, Any], int, str]] = [

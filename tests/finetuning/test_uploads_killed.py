@@ -27,7 +27,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
         yield service
 
 
-def test_a_process_killed_at_any_statement_leaves_all_or_nothing(tmp_path: Path) -> None:
+def test_a_process_killed_at_any_moment_leaves_all_or_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.finetuning.kill_uploads", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
