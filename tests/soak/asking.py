@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import httpx
@@ -12,12 +11,10 @@ from tests.soak.world import World
 ACTIVE = ("validating_files", "queued", "running", "paused")
 
 
-class Asking(threading.Thread):
-    """A thread with an HTTP client of its own, which asks until ``done``."""
+class Asking:
+    """An HTTP client of one thread."""
 
-    def __init__(self, world: World, name: str) -> None:
-        super().__init__(name=name, daemon=True)
-        self.done = threading.Event()
+    def __init__(self, world: World) -> None:
         self.world = world
         self.http = world.client()
 

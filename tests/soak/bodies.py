@@ -74,7 +74,7 @@ def job(kind: str, file_id: str, steps: int, checkpoint: str | None = None) -> d
     elif kind == "resumed":
         general["resume_from_checkpoint"] = checkpoint
         training["max_train_steps"] = steps + 30
-    dataset = {"max_length": 384, "validation_split_percentage": 10}
+    dataset = {"max_length": 256, "validation_split_percentage": 10}
     return {
         "model": MODEL,
         "training_file": file_id,

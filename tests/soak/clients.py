@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import traceback
 
 from tests.soak.on_files import OnFiles
@@ -12,28 +13,35 @@ from tests.soak.plans import CLIENT, plan
 from tests.soak.world import World
 
 
-class Client(OnFiles, OnJobs, OnResults):
+class Acting(OnFiles, OnJobs, OnResults):
+    """All that clients do."""
+
+
+class Client(threading.Thread):
     """Carries out the plans of ``name`` until ``done``, with pauses of ``pause`` seconds in the mean."""
 
     def __init__(self, world: World, name: str, seed: int, pause: float, pausing: bool) -> None:
-        super().__init__(world, name)
-        self.pausing = pausing
-        self._seed, self._pause = seed, pause
+        super().__init__(name=name, daemon=True)
+        self.done = threading.Event()
+        self._world, self._seed, self._pause = world, seed, pause
+        self._acting = Acting(world)
+        self._acting.pausing = pausing
 
     def run(self) -> None:
         number = 0
+        self._acting.upload("json", 24)  # so that there is something to train on from the start
         while not self.done.is_set():
             step = plan(self._seed, self.name, number, CLIENT, self._pause)
             self.done.wait(step.pause)
             try:
-                outcome = getattr(self, step.action)(**step.parameters)
+                outcome = getattr(self._acting, step.action)(**step.parameters)
             except Exception:
-                self.world.violation(f"{self.name} #{number} {step} broke:\n{traceback.format_exc()}")
+                self._world.violation(f"{self.name} #{number} {step} broke:\n{traceback.format_exc()}")
                 outcome = "broke"
-            self.world.say(self.name, f"#{number} {step} -> {outcome}")
-            self.world.counts[step.action] += 1
+            self._world.say(self.name, f"#{number} {step} -> {outcome}")
+            self._world.counts[step.action] += 1
             number += 1
-        self.http.close()
+        self._acting.http.close()
 
 
 def can_pause(world: World) -> bool:

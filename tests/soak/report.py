@@ -81,6 +81,7 @@ def inspect(world: World, health: Health, memory: Memory, seed: int) -> tuple[di
         "seed": seed,
         "health seconds": health_numbers,
         "memory by life": lives,
+        "start seconds": world.starts,
         "jobs by kind and end": dict(sorted(ends.items())),
         "attempts": sum(job["attempt"] for job in record.jobs),
         "done": dict(sorted(world.counts.items())),
@@ -96,6 +97,7 @@ def print_table(facts: dict[str, Any], found: Found) -> None:
         kind, _, status = name.rpartition(" ")
         print(f"| {kind} | {status} | {count} |")
     print(f"\nhealth, seconds: {facts['health seconds']}")
+    print(f"starts, seconds: {facts['start seconds']}")
     for life in facts["memory by life"]:
         if "rss first" in life:
             first, last = life["rss first"] / 1e6, life["rss last"] / 1e6

@@ -42,6 +42,7 @@ class World:
         self.violations: list[str] = []
         self.counts: Counter[str] = Counter()
         self.life = 0  # starts of the service so far
+        self.starts: list[float] = []  # seconds that each took, after the first
         self.up = False
         self._printing = threading.Lock()
         data_dir = directory / "data"
@@ -68,7 +69,9 @@ class World:
         """The service is ended in this block; it is started again at its end."""
         self.up = False
         yield
+        began = time.monotonic()
         self.service.start()
+        self.starts.append(round(time.monotonic() - began, 2))
         self._has_started()
 
     # -- asking ---------------------------------------------------------------------------------------
