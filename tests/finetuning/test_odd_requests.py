@@ -109,7 +109,7 @@ def test_without_keys_any_credentials_do(server: ServiceProcess, header: str) ->
         ({"metadata": []}, "metadata: a JSON object was expected."),
         (
             {"General": {"config": {"trust_remote_code": True}}},
-            "General.config.trust_remote_code: only the operator can allow the code that comes with a model (",
+            "General.config.trust_remote_code: only the operator can allow the code that comes with a model",
         ),
         (
             {"General": {"task": "dpo"}},
