@@ -103,6 +103,12 @@ class Settings(BaseSettings):
     max_queued_jobs: int = Field(
         1000, ge=1, description="Fine-tuning jobs not ended, running ones too; a further one gets 429."
     )
+    stop_seconds: float = Field(
+        10,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that running jobs have to save when the service stops.",
+    )
     max_attempts: int = Field(
         3, ge=1, description="Deaths in a row, without a new checkpoint, after which a job fails."
     )

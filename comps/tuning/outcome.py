@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -28,19 +28,17 @@ def failed(directory: Path, error: Exception) -> None:
     A run that merely died (killed, lost its machine) must leave no result: then it is started again.
     What was half-written goes first: on a full disk, that makes room for the result.
     """
-    if (directory / rundir.RESULT).exists():
-        return
     facts = _facts(error, directory)
     shutil.rmtree(directory / rundir.SCRATCH, ignore_errors=True)
-    rundir.write_json(directory / rundir.RESULT, {"outcome": "failed", "error": facts})
+    result = json.dumps({"outcome": "failed", "error": facts}, ensure_ascii=False)
+    rundir.create_file(directory / rundir.RESULT, result.encode())
 
 
 def suspect(directory: Path, error: Exception) -> None:
     """Keep an attempt's first error, which may only be the echo of another worker's death, for the sentence
     that the job ends with if all its attempts die."""
-    path = directory / rundir.SUSPECT
-    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
-        file.write(f"{type(error).__name__}: {error}"[:2000])
+    text = f"{type(error).__name__}: {error}"[:2000]
+    rundir.create_file(directory / rundir.SUSPECT, text.encode(errors="replace"))
 
 
 def disk_is_full(error: Exception, directory: Path) -> bool:

@@ -19,10 +19,12 @@ Needs no torch: the service reads these files too.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,17 +63,28 @@ def fsync_path(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that readers see the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False).encode(), os.replace, 0o666)
+
+
+def create_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Create a file whole, or leave the one that is there already: of several writers the first wins."""
+    with contextlib.suppress(FileExistsError):
+        _write(path, content, os.link, mode)
+
+
+def _write(path: Path, content: bytes, put: Callable[[Path, Path], object], mode: int) -> None:
+    # The workers of a run may write the same file at once, each under a name of its own.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2, ensure_ascii=False)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with open(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+            os.fsync(descriptor)
+        put(temporary, path)
+        fsync_path(path.parent)
+    finally:
         temporary.unlink(missing_ok=True)  # on a full disk, half of it must not stay
-        raise
-    fsync_path(path.parent)
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
@@ -104,6 +117,8 @@ def new_directory(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp")
+    if _old(final).exists() and not final.exists():
+        os.replace(_old(final), final)  # killed between the two renames: the old one is the good one
     for left in (temporary, _old(final)):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from comps.tuning.errors import TuningError
+from comps.tuning.rundir import create_file
 
 TOKEN = "HF_TOKEN"
 SEALED = "COMPS_SEALED_HF_TOKEN"
@@ -24,14 +25,8 @@ def make_key(path: Path) -> None:
     """
     from cryptography.fernet import Fernet
 
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(Fernet.generate_key())
-        stream.flush()
-        os.fsync(stream.fileno())
+    if not path.exists():
+        create_file(path, Fernet.generate_key(), 0o600)
 
 
 def seal(secret: str, key_file: Path) -> str:

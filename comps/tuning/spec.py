@@ -2,8 +2,7 @@
 
 A spec is plain data in a JSON file (``spec.json`` in the run's directory). This module needs no
 torch, so that the service can build and check specs; ``python -m comps.tuning SPEC.json`` runs one.
-Secrets never go into a spec: a Hugging Face token travels as the environment variable ``HF_TOKEN``
-of the one run that needs it.
+Secrets never go into a spec: see ``comps.tuning.sealed``.
 """
 
 from __future__ import annotations

@@ -138,13 +138,14 @@ def test_one_job_whose_result_cannot_be_read_does_not_keep_others_waiting(
     for job_id in (first, second):
         wait_until(server, job_id, lambda answer: answer["status"] == "queued")
     troubled, fine = (begin(server, database, job_id) for job_id in (first, second))
-    (troubled / RESULT).write_text("{")
+    (troubled / RESULT).mkdir()
     (fine / RESULT).write_text(json.dumps(FAILED))
     becomes(server, second, "failed")
     assert job(server, first)["status"] == "running"
     assert server.log.count(f"the running job {first} could not be handled") < 5, "with growing pauses"
-    (troubled / RESULT).write_text(json.dumps(FAILED))
-    becomes(server, first, "failed")
+    (troubled / RESULT).rmdir()
+    (troubled / RESULT).write_text("{")
+    assert "result.json" in becomes(server, first, "failed")["error"]["message"]
 
 
 def test_limits_and_priority_are_answered_and_their_faults_named(server: ServiceProcess) -> None:

@@ -32,7 +32,7 @@ def test_after_a_tenth_the_estimate_is_right_within_a_fifth(seed: int, overhead:
     ]
     pause_every, pause = 10, 0.4
     pauses = [pause * random.uniform(0.8, 1.2) if (step + 1) % pause_every == 0 else 0 for step in range(100)]
-    estimate = Estimate(work, pause_every)
+    estimate = Estimate(lambda epoch: work, 100, pause_every)
     for step in range(1, 100):
         estimate.step_done(step, seconds[step - 1])
         if pauses[step - 1]:
@@ -46,11 +46,11 @@ def test_after_a_tenth_the_estimate_is_right_within_a_fifth(seed: int, overhead:
 
 
 def test_nothing_is_told_before_anything_was_measured() -> None:
-    assert Estimate([1, 1, 1], 0).seconds_left(0) is None
+    assert Estimate(lambda epoch: [1, 1, 1], 3, 0).seconds_left(0) is None
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_counts_what_is_left_only() -> None:
-    estimate = Estimate([10] * 100, 0)
+    estimate = Estimate(lambda epoch: [10] * 30, 100, 0)
     estimate.step_done(91, 5)
     estimate.step_done(92, 1)
     assert estimate.seconds_left(92) == pytest.approx(8)
@@ -61,11 +61,19 @@ def test_a_run_knows_the_work_of_all_its_steps(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     data = write_records(tmp_path / "records.json")
     spec = train_spec(
-        tmp_path / "run", model, data, epochs=2, batch_size=3, gradient_accumulation_steps=2, save_steps=5
+        tmp_path / "run",
+        model,
+        data,
+        epochs=2,
+        batch_size=3,
+        gradient_accumulation_steps=2,
+        save_steps=5,
+        logging_steps=10,
     )
     events = run(spec).events
     progress = [each["data"] for each in events if "seconds_left" in each["data"]]
     assert progress[-1]["seconds_left"] == 0
+    assert 2 in [each["step"] for each in progress], "a tenth of 14 steps is done"
     told = [each["seconds_left"] for each in progress if each["step"] > 1]
     assert all(seconds is not None and seconds >= 0 for seconds in told)
     assert max(each["step"] for each in progress) == 14

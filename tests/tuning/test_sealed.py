@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,19 @@ def test_a_run_finds_the_token_where_the_hub_library_looks(
 
     attempt.carry_out(tmp_path / "run", work)
     assert '"hf_token"' in (tmp_path / "run" / rundir.RESULT).read_text()
+
+
+def test_of_many_who_make_the_key_at_once_all_have_the_same(tmp_path: Path) -> None:
+    for attempt_number in range(20):
+        key = tmp_path / f"key-{attempt_number}"
+        barrier = threading.Barrier(8)
+
+        def make(key: Path = key, barrier: threading.Barrier = barrier) -> str:
+            barrier.wait()
+            sealed.make_key(key)
+            return sealed.seal("hf_token", key)
+
+        with ThreadPoolExecutor(8) as pool:
+            made = [pool.submit(make) for _ in range(8)]
+        assert {sealed.unseal(each.result(), key) for each in made} == {"hf_token"}
+    assert not list(tmp_path.glob(".*"))

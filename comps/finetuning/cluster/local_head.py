@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from comps.tuning.rundir import write_json
+from comps.tuning.rundir import create_file, write_json
 
 # Carried by every process of a head, with the head's directory as its value.
 MARK = "COMPS_RAY_HEAD"
@@ -39,9 +39,7 @@ def token_file(directory: Path) -> Path:
     """The service's Ray token (hex, mode 0600), made at first use."""
     path = directory / "auth_token"
     if not path.exists():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(secrets.token_hex(32))
+        create_file(path, secrets.token_hex(32).encode(), 0o600)
     return path
 
 

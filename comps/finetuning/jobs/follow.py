@@ -26,7 +26,10 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     path = directory / rundir.RESULT
     if not path.exists():
         return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        result: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:  # it was written whole, so it was damaged since
+        return {"outcome": "failed", "error": {"code": "server_error", "message": f"{path.name}: {error}"}}
     return result
 
 

@@ -43,7 +43,6 @@ class Runs:
     ask_interval = 3.0  # seconds between two questions to Ray about one job
     longest_pause = 60.0  # seconds between two tries to submit a job that Ray does not take
     tidy_up = 30.0  # seconds that a finished run's processes have to end by themselves
-    stop_grace = 10.0  # seconds that trainings have to save when the service stops
 
     def __init__(self, database: Database, settings: Settings, cluster: Cluster, secrets: Secrets) -> None:
         self._database, self._settings, self._cluster, self._secrets = database, settings, cluster, secrets
@@ -79,9 +78,11 @@ class Runs:
             return
         # An earlier attempt may live: it was paused and is saving, or its end was not seen, or a submission
         # got through after all.
-        if job.submission_id and await self._lives(job):
-            if not (self._directory(job) / rundir.STOP).exists():
+        if job.submission_id and (status := await self._cluster.job_status(job.submission_id)) in _ALIVE:
+            if status == "PENDING":  # it has not begun, so there is nothing to save
                 await self._cluster.stop_job(job.submission_id)
+            else:
+                await asyncio.to_thread(self._ask_to_stop, job)
             return
         try:
             path = await asyncio.to_thread(self._write_spec, job, wanted)
@@ -197,11 +198,14 @@ class Runs:
         await self.change(job, lambda session, row: finish(session, row, result))
 
     def _died(self, session: Session, job: JobRow, status: str | None) -> None:
-        """The run is gone and left no result: back to the queue, or failed after too many attempts."""
-        job.failures += 1
+        """The run is gone and left no result: back to the queue, or failed after too many attempts.
+
+        A run that went with its Ray, or that a killed service never submitted, has not died by itself.
+        """
+        job.failures += status is not None
         what = "Ray no longer knows the run" if status is None else f"the run's processes ended ({status})"
         allowed = self._settings.max_attempts if job.retry_limit is None else 1 + job.retry_limit
-        if job.failures >= allowed:
+        if status is not None and job.failures >= allowed:
             fail(
                 session, job,
                 f"{what} without a result, {job.failures} time(s) in a row without a new checkpoint"
@@ -231,6 +235,8 @@ class Runs:
                 await self._cluster.stop_job(job.submission_id)
             return
 
+        await self._catch_up(job)  # its last checkpoint, and those that this replaced
+
         def change(session: Session, row: JobRow) -> None:
             row.stopped = True
 
@@ -245,8 +251,11 @@ class Runs:
         came after their newest checkpoint.
         """
         for job in jobs:
-            await asyncio.to_thread(self._ask_to_stop, job)
-        deadline = time.monotonic() + self.stop_grace
+            try:
+                await asyncio.to_thread(self._ask_to_stop, job)
+            except OSError as error:  # a full disk; the others are still asked
+                logger.warning("the job %s cannot be asked to save: %s", job.id, error)
+        deadline = time.monotonic() + self._settings.stop_seconds
         training = [job for job in jobs if "step" in job.progress]
         with contextlib.suppress(ClusterUnavailable):
             while training and time.monotonic() < deadline:

@@ -26,7 +26,7 @@ def _token(value: SecretStr) -> SecretStr:
 
 
 class HubConfig(Tolerant):
-    """How the base model is loaded. The token is held in memory for this job alone."""
+    """How the base model is loaded. The token is kept encrypted, for this job alone."""
 
     token: Annotated[SecretStr, Field(max_length=500), AfterValidator(_token)] | None = None
     trust_remote_code: Annotated[Literal[False], BeforeValidator(_no_remote_code)] = False

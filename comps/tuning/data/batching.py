@@ -42,10 +42,15 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
+        return iter(self.rows())
+
+    def rows(self, epoch: int | None = None) -> list[int]:
+        """All indices as they come in ``epoch``, or in the one that was set."""
         rows = len(self._lengths)
         if not self._shuffle:
-            return iter(range(rows))
-        generator = np.random.default_rng([self._seed % 2**63, self._epoch])
+            return list(range(rows))
+        epoch = self._epoch if epoch is None else epoch
+        generator = np.random.default_rng([self._seed % 2**63, epoch])
         order = generator.permutation(rows)
         if self._group:
             whole = rows - rows % self._batch
@@ -55,4 +60,5 @@ class LengthGroupedSampler(Sampler[int]):
                 part[:] = part[np.argsort(self._lengths[part], kind="stable")]
             batches = order[:whole].reshape(-1, self._batch)
             order = np.concatenate([generator.permutation(batches).ravel(), order[whole:]])
-        return iter(order.tolist())
+        found: list[int] = order.tolist()
+        return found

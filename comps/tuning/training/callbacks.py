@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -54,8 +55,11 @@ class RankSampler(TrainerCallback):  # type: ignore[misc]
 class Progress(TrainerCallback):  # type: ignore[misc]
     """Rank 0's events: loss, rate, tokens and time left at every logging step; evaluations.
 
-    ``work(steps)`` is what each of the first ``steps`` optimizer steps costs (see :class:`Estimate`).
+    Between them the step and the time left, every few seconds and when a tenth is done. ``work(epoch)`` is
+    what each optimizer step of an epoch costs (see :class:`Estimate`).
     """
+
+    every = 10.0  # seconds between two tellings of the time left
 
     def __init__(self, events: rundir.EventWriter, work: Callable[[int], list[int]]) -> None:
         self._events, self._work = events, work
@@ -68,7 +72,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._estimate = Estimate(self._work(state.max_steps), _pause_every(args, state))
+        self._estimate = Estimate(self._work, state.max_steps, _pause_every(args, state))
+        self._told = 0.0
         self._began, self._first = time.monotonic(), state.global_step + 1
         self._tokens = state.num_input_tokens_seen
         self._events.write(
@@ -95,12 +100,22 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 type="progress", step=state.global_step, total_steps=state.max_steps,
                 seconds_left=self._seconds_left(state),
             )  # fmt: skip
+        elif (
+            state.global_step == math.ceil(state.max_steps / 10)
+            or self._step_ended - self._told >= self.every
+        ) and state.global_step % args.logging_steps:
+            left = self._seconds_left(state)
+            self._events.write(
+                f"Step {state.global_step}/{state.max_steps}, {left or 0:.0f} s left",
+                type="progress", step=state.global_step, total_steps=state.max_steps, seconds_left=left,
+            )  # fmt: skip
 
     def on_save(self, *_: Any, **__: Any) -> None:
         self._paused = True
 
     def _seconds_left(self, state: TrainerState) -> float | None:
-        pause = time.monotonic() - self._step_ended if self._paused else None
+        self._told = time.monotonic()
+        pause = self._told - self._step_ended if self._paused else None
         left = self._estimate.seconds_left(state.global_step, pause)
         return None if left is None else round(left, 1)
 

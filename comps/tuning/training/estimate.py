@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -26,53 +24,91 @@ def step_work(
     return work
 
 
-@dataclass
 class Estimate:
-    """Seconds that are left of a run.
+    """Seconds that are left of a run of ``steps`` optimizer steps.
 
-    ``work`` is what each optimizer step costs, in any unit (:func:`step_work`); a step is taken to last a
-    fixed time and a time in proportion to it. Every ``pause_every`` steps there is a pause for validation
-    and checkpoint.
+    ``work(epoch)`` is what each step of an epoch costs, in any unit (:func:`step_work`); a step is taken to
+    last a fixed time and a time in proportion to it, as fits best so far (least squares). What is left of the
+    present epoch is added up step by step, later epochs are taken for its like. Every ``pause_every`` steps
+    there is a pause for validation and checkpoint. Neither memory nor time grow with ``steps``.
     """
 
-    work: Sequence[float]
-    pause_every: int
-    _steps: list[tuple[float, float]] = field(default_factory=list)  # work, seconds
-    _pauses: list[float] = field(default_factory=list)
+    def __init__(self, work: Callable[[int], Sequence[float]], steps: int, pause_every: int) -> None:
+        self._work, self._steps, self._pause_every = work, steps, pause_every
+        self._epoch = -1
+        self._done = _Line()
+        self._first: tuple[float, float] | None = None
+        self._pauses, self._paused = 0, 0.0
 
     def step_done(self, step: int, seconds: float) -> None:
         """Step number ``step`` (from 1) took ``seconds``."""
-        self._steps.append((self.work[step - 1], seconds))
+        work = self._of_epoch(step)[self._place(step)]
+        if self._first is None:
+            # It also pays for what happens only once (memory, choice of kernels).
+            self._first = (work, seconds)
+        else:
+            self._done.add(work, seconds)
 
     def pause_done(self, seconds: float) -> None:
         """A validation with its checkpoint took ``seconds``."""
-        self._pauses.append(seconds)
+        self._pauses += 1
+        self._paused += seconds
 
     def seconds_left(self, step: int, pause: float | None = None) -> float | None:
         """Seconds from the end of ``step`` to the end of the run; ``None`` before any step was measured.
 
         ``pause`` stands in for the length of a pause while none has been measured whole.
         """
-        if not self._steps:
+        if self._first is None:
             return None
-        # The first step also pays for what happens only once (memory, choice of kernels).
-        fixed, rate = _line(*zip(*(self._steps[1:] or self._steps), strict=True))
-        ahead = self.work[step:]
-        steps = fixed * len(ahead) + rate * sum(ahead)
-        known = self._pauses or ([pause] if pause is not None else [])
-        if not self.pause_every or not known:
-            return steps
-        pauses = math.ceil(len(self.work) / self.pause_every) - step // self.pause_every
-        return steps + fmean(known) * pauses
+        if not self._done.count:
+            work, seconds = self._first
+            fixed, rate = 0.0, seconds / work
+        else:
+            fixed, rate = self._done.fit()
+        left = self._steps - step
+        epoch = self._of_epoch(step)
+        here = epoch[self._place(step) + 1 :][:left]
+        ahead = sum(here) + (left - len(here)) * sum(epoch) / len(epoch)
+        seconds = fixed * left + rate * ahead
+        mean_pause = self._paused / self._pauses if self._pauses else pause
+        if not self._pause_every or mean_pause is None:
+            return seconds
+        pauses = math.ceil(self._steps / self._pause_every) - step // self._pause_every
+        return seconds + mean_pause * pauses
+
+    def _of_epoch(self, step: int) -> Sequence[float]:
+        """The work of the steps of the epoch that ``step`` lies in."""
+        if self._epoch < 0:
+            self._epoch, self._now = 0, self._work(0)
+        if (epoch := (step - 1) // len(self._now)) != self._epoch:
+            self._epoch, self._now = epoch, self._work(epoch)
+        return self._now
+
+    def _place(self, step: int) -> int:
+        return (step - 1) % len(self._now)
 
 
-def _line(work: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """The fixed seconds, and those for each unit of work, that fit best (least squares); none is negative."""
-    mean_work, mean_seconds = fmean(work), fmean(seconds)
-    spread = sum((each - mean_work) ** 2 for each in work)
-    if spread:
-        together = sum((w - mean_work) * (s - mean_seconds) for w, s in zip(work, seconds, strict=True))
-        rate = max(0.0, together / spread)
-        if (fixed := mean_seconds - rate * mean_work) >= 0:
-            return fixed, rate
-    return 0.0, mean_seconds / mean_work
+class _Line:
+    """A straight line through points, by least squares (Welford's running means), with neither a fixed part
+    nor a slope below 0."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        self.count += 1
+        dx = x - self._x
+        self._x += dx / self.count
+        self._y += (y - self._y) / self.count
+        self._xx += dx * (x - self._x)
+        self._xy += dx * (y - self._y)
+
+    def fit(self) -> tuple[float, float]:
+        """The fixed part and the slope."""
+        if self._xx:
+            slope = max(0.0, self._xy / self._xx)
+            if (fixed := self._y - slope * self._x) >= 0:
+                return fixed, slope
+        return 0.0, self._y / self._x

@@ -104,7 +104,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
             trainer.add_callback(callback)
         events.write(f"Set-up took {time.monotonic() - began:.1f} s; the first step follows")
     try:
-        if resume is None or not _restore_finished(trainer, resume, total_steps(spec, len(data.train))):
+        if resume is None or not _restore_finished(spec, trainer, resume, len(data.train)):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except Stopped:
         if events:
@@ -177,12 +177,22 @@ def _agreed(choice: Path | None, workers: int) -> Path | None:
     return box[0]
 
 
-def _restore_finished(trainer: TuningTrainer, checkpoint: Path, steps: int) -> bool:
+def _restore_finished(spec: TrainSpec, trainer: TuningTrainer, checkpoint: Path, rows: int) -> bool:
     """Take weights and state from a checkpoint of the last step, if this is one: the run died between that
-    and its result. (The Trainer itself would train one step too many.)"""
+    and its result. (The Trainer itself would train one step too many.)
+
+    Raises :class:`TuningError` for another job's checkpoint that leaves nothing to train.
+    """
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    steps = total_steps(spec, rows)
     if state.global_step < steps:
         return False
+    if checkpoint == spec.resume_from:
+        raise TuningError(
+            f"the checkpoint is of step {state.global_step}, but this job ends at step {steps}, so nothing "
+            "would be trained; ask for more epochs or max_train_steps",
+            param="General.resume_from_checkpoint",
+        )
     weights = load_file(checkpoint / "adapter_model.safetensors")
     found = set_peft_model_state_dict(trainer.model, weights)
     if found.unexpected_keys:

@@ -32,9 +32,9 @@ class RankBatches(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         self._order.set_epoch(epoch)
 
-    def order(self) -> list[int]:
-        """All rows as they come in this epoch."""
-        return list(self._order)
+    def order(self, epoch: int | None = None) -> list[int]:
+        """All rows as they come in ``epoch``, or in the present one."""
+        return self._order.rows(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
         rows = self.order()
@@ -78,17 +78,11 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         self._batches = RankBatches(order, rows, args.process_index, args.world_size)
         self.add_callback(_EpochSetter(self._batches))
 
-    def work(self, steps: int) -> list[int]:
-        """Tokens, padding included, that each of the first ``steps`` optimizer steps computes on."""
+    def work(self, epoch: int) -> list[int]:
+        """Tokens, padding included, that each optimizer step of an epoch computes on."""
         rows = self._batches.rows * self.args.gradient_accumulation_steps
-        lengths, padded_to = self.train_dataset.lengths, self.data_collator.length or 0
-        found: list[int] = []
-        epoch = 0
-        while len(found) < steps:
-            self._batches.set_epoch(epoch)
-            found += step_work(lengths, self._batches.order(), rows, padded_to)
-            epoch += 1
-        return found[:steps]
+        padded_to = self.data_collator.length or 0
+        return step_work(self.train_dataset.lengths, self._batches.order(epoch), rows, padded_to)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
