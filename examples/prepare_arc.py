@@ -1,7 +1,7 @@
 """Turn ARC (the AI2 Reasoning Challenge) into instruction records: a question, and its right answer.
 
-    python examples/prepare_arc.py arc_easy_train.json                        # from the hub
-    python examples/prepare_arc.py arc_easy_train.json --file ARC-Easy.json   # from a local file
+    python -m examples.prepare_arc arc_easy_train.json                        # from the hub
+    python -m examples.prepare_arc arc_easy_train.json --file ARC-Easy.json   # from a local file
 
 A local file is a JSON array, JSON Lines or Parquet, either as on the hub (``question``, ``choices``,
 ``answerKey``) or as multiple-choice instructions ("Please choose the correct answer to the question:

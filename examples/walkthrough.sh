@@ -3,13 +3,13 @@
 set -euo pipefail
 
 URL=${URL:-http://127.0.0.1:8015}
-field() { python3 -c "import json, sys; print(json.load(sys.stdin)['$1'])"; }
+field() { python3 -c "import json, sys; a = json.load(sys.stdin); print(a.get('$1') or sys.exit(a['detail']))"; }
 
 # 1. Upload the training data.
-FILE=$(curl -sf $URL/v1/files -F purpose=fine-tune -F file=@examples/data/bookings_train.json | field id)
+FILE=$(curl -sS --fail-with-body $URL/v1/files -F purpose=fine-tune -F file=@examples/data/bookings_train.json | field id)
 
 # 2. Train a super-adapter with three rank groups.
-JOB=$(curl -sf $URL/v1/fine_tuning/jobs -H 'Content-Type: application/json' -d '{
+JOB=$(curl -sS --fail-with-body $URL/v1/fine_tuning/jobs -H 'Content-Type: application/json' -d '{
   "training_file": "'$FILE'",
   "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
   "General": {
@@ -25,21 +25,21 @@ JOB=$(curl -sf $URL/v1/fine_tuning/jobs -H 'Content-Type: application/json' -d '
 }' | field id)
 
 # 3. Watch it: the state, the events (newest first), the log.
-curl -sf $URL/v1/fine_tuning/jobs/$JOB
-curl -sf "$URL/v1/fine_tuning/jobs/$JOB/events?limit=5"
-curl -sf "$URL/v1/fine_tuning/jobs/$JOB/logs?follow=true"
-curl -sf $URL/v1/fine_tuning/jobs/retrieve -d '{"fine_tuning_job_id": "'$JOB'"}'
-curl -sf $URL/v1/finetune/list_checkpoints -d '{"fine_tuning_job_id": "'$JOB'"}'
+curl -sS --fail-with-body $URL/v1/fine_tuning/jobs/$JOB
+curl -sS --fail-with-body "$URL/v1/fine_tuning/jobs/$JOB/events?limit=5"
+curl -sS --fail-with-body "$URL/v1/fine_tuning/jobs/$JOB/logs?follow=true"
+curl -sS --fail-with-body $URL/v1/fine_tuning/jobs/retrieve -d '{"fine_tuning_job_id": "'$JOB'"}'
+curl -sS --fail-with-body $URL/v1/finetune/list_checkpoints -d '{"fine_tuning_job_id": "'$JOB'"}'
 
 # 4. Cut out the heuristic sub-adapter, and one of your own: a rank for each group and layer.
-curl -sf $URL/v1/finetune/extract_adapter -d '{"fine_tuning_job_id": "'$JOB'"}'
+curl -sS --fail-with-body $URL/v1/finetune/extract_adapter -d '{"fine_tuning_job_id": "'$JOB'"}'
 CONFIG=$(python3 -c 'print(([16] * 15 + [8] * 15) * 3)')
-curl -sf $URL/v1/finetune/extract_adapter -d '{
+curl -sS --fail-with-body $URL/v1/finetune/extract_adapter -d '{
   "fine_tuning_job_id": "'$JOB'", "adapter_version": "half", "custom_config": '"$CONFIG"'
 }'
 
 # 5. Merge a sub-adapter into the base model.
-curl -sf $URL/v1/finetune/merge_adapter -d '{"fine_tuning_job_id": "'$JOB'", "adapter_version": "heuristic"}'
+curl -sS --fail-with-body $URL/v1/finetune/merge_adapter -d '{"fine_tuning_job_id": "'$JOB'", "adapter_version": "heuristic"}'
 
 # 6. Everything that came of it has a name.
-curl -sf $URL/v1/models
+curl -sS --fail-with-body $URL/v1/models

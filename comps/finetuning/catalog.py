@@ -134,7 +134,8 @@ def check_on_hub(name: str, token: str | None, own_code: bool = False) -> None:
         ) from error
     except Exception as error:  # the hub client lets the errors of its HTTP library through
         raise Unavailable(
-            f"The Hugging Face hub could not be asked for the model {name!r}: {type(error).__name__}.",
+            f"There is no base model {name!r} in the models root or in the Hugging Face cache, and the hub "
+            f"could not be asked for it: {type(error).__name__}.",
             param="model",
         ) from error
 

@@ -196,7 +196,9 @@ def test_a_hub_that_does_not_answer_is_unavailable(tmp_path: Path) -> None:
     )
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert "could not be asked for the model 'org/none'" in run.stdout
+    assert (
+        "no base model 'org/none' in the models root or in the Hugging Face cache, and the hub" in run.stdout
+    )
 
 
 def test_a_cached_snapshot_is_used_without_a_network(

@@ -123,7 +123,13 @@ def find_base_model(session: Session, settings: Settings, name: str, owner: Owne
     """
     if not name:
         raise InvalidRequest("model is missing: name the base model.", param="model")
-    if row := find_model(session, name, owner, "base", "merged"):
+    if row := find_model(session, name, owner):
+        if row.kind not in ("base", "merged"):
+            raise InvalidRequest(
+                f"model: {name[:_SHOWN]!r} is an adapter; merge it with POST /v1/finetune/merge_adapter, and "
+                "name the merged model.",
+                param="model",
+            )
         own_code = catalog.runs_own_code(settings, Path(row.path))
         return ModelSpec(name=name, path=row.path, trust_remote_code=own_code)
     return catalog.resolve(settings, name)

@@ -163,7 +163,7 @@ def _check_unused(session: Session, settings: Settings, row: ModelRow, owner: Ow
     made_of_it = select(ModelRow).where(ModelRow.id != row.id, is_in(ModelRow.path, versions))
     if (other := session.scalar(made_of_it.limit(1))) is not None:
         who = shown(other, owner)
-        message = f"{who[0].upper()}{who[1:]} was made of {row.id!r}: delete that model first."
+        message = f"{who[0].upper()}{who[1:]} was made of {row.id!r}: delete {who} first."
         raise Conflict(message, param="model")
 
 
