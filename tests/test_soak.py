@@ -199,10 +199,10 @@ def test_a_process_with_the_mark_is_found(tmp_path: Path) -> None:
 
 def test_memory_that_grows_and_health_that_is_late_are_found() -> None:
     def life(growth: float) -> list[Sample]:
-        return [Sample(1, float(second), 100_000_000 + int(growth * second), 20) for second in range(600)]
+        return [Sample(1, float(second), 100_000_000 + int(growth * second), 20) for second in range(1000)]
 
     assert numbers.memory(life(0))[1] == []
-    assert numbers.memory(life(100_000))[1] == ["life 1 of the service grew by 40.5 MB"]
+    assert numbers.memory(life(100_000))[1] == ["life 1 of the service grew by 52.5 MB"]
     assert numbers.health([0.01] * 1000 + [2.0])[1] == []
     assert "took 9.0 s" in numbers.health([0.01] * 1000 + [9.0])[1][0]
     assert "one in 100" in numbers.health([0.01] * 90 + [2.0] * 10)[1][0]

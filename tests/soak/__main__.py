@@ -26,6 +26,8 @@ from tests.soak.watch import Health, Memory
 from tests.soak.world import World
 
 CLIENTS = 3
+# Jobs are given up when none of them has moved for so long, and in any case after so long.
+STUCK_SECONDS, SETTLE_SECONDS = 300.0, 2400.0
 
 
 def finish(threads: list[Client | Trouble | Health | Memory]) -> None:
@@ -36,21 +38,29 @@ def finish(threads: list[Client | Trouble | Health | Memory]) -> None:
         thread.join()
 
 
-def unsettled(world: World) -> list[tuple[str, str]]:
-    """Id and status of the jobs that have not ended, or whose processes are not known to be gone."""
+def unsettled(world: World) -> tuple[list[tuple[str, str]], int]:
+    """Id and status of the jobs that have not ended, or whose processes are not known to be gone; and a
+    number that changes with everything that happens to any of them."""
     with closing(sqlite3.connect(world.data_dir / "finetuning.db")) as database:
         query = (
             "SELECT id, status FROM jobs WHERE status NOT IN ('succeeded', 'failed', 'cancelled') "
             "OR submission_id IS NOT NULL AND NOT stopped"
         )
-        return database.execute(query).fetchall()
+        (newest,) = database.execute("SELECT max(sequence) FROM events").fetchone()
+        return database.execute(query).fetchall(), newest or 0
 
 
-def settle(world: World, seconds: float) -> None:
-    """Resume what is paused, and wait until all jobs have ended, at most so long."""
-    deadline = time.monotonic() + seconds
+def settle(world: World) -> None:
+    """Resume what is paused, and wait until all jobs have ended, or nothing has happened for too long."""
+    began = moved = time.monotonic()
+    before = -1
     with world.client() as http:
-        while (left := unsettled(world)) and time.monotonic() < deadline:
+        while time.monotonic() - moved < STUCK_SECONDS and time.monotonic() - began < SETTLE_SECONDS:
+            left, now = unsettled(world)
+            if not left:
+                break
+            if now != before:
+                before, moved = now, time.monotonic()
             for job_id, status in left:
                 if status == "paused":
                     world.ask(http, "POST", f"/v1/fine_tuning/jobs/{job_id}/resume", (200, 409))
@@ -81,7 +91,7 @@ def soak(directory: Path, minutes: float, seed: int, summary: Path) -> int:
         # A minute is long enough to try everything out, an hour for some rest in between.
         pause = max(0.5, min(4.0, seconds / 120))
         clients = [Client(world, f"client-{n}", seed, pause, pausing) for n in range(CLIENTS)]
-        trouble = Trouble(world, seed, min(60.0, seconds / 6), world.began + seconds / 2)
+        trouble = Trouble(world, seed, min(90.0, seconds / 6), world.began + seconds / 2)
         health, memory = Health(world), Memory(world)
         for thread in (*clients, trouble, health, memory):
             thread.start()
@@ -89,7 +99,7 @@ def soak(directory: Path, minutes: float, seed: int, summary: Path) -> int:
         world.say("soak", "no more trouble from now on")
         finish([trouble, *clients])
         if world.up:
-            settle(world, max(300.0, seconds / 4))
+            settle(world)
             finish([health, memory])
             stop(world)
         else:

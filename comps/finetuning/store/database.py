@@ -79,10 +79,10 @@ class Database:
         code = _sqlite_code(error)
         if code not in _PERHAPS_FULL:
             return code == sqlite3.SQLITE_FULL
-        directory = Path(self.engine.url.database or "").parent
-        if not directory.is_dir():
+        try:
+            facts = os.statvfs(Path(self.engine.url.database or "").parent)
+        except OSError:  # there is no such directory
             return False
-        facts = os.statvfs(directory)
         return facts.f_bavail * facts.f_frsize < _NEXT_TO_NOTHING or facts.f_files > facts.f_favail == 0
 
     def migrate(self) -> None:
