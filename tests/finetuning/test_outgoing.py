@@ -142,6 +142,7 @@ def test_a_model_that_points_elsewhere_is_loaded_or_refused_without_asking_there
     before = len(canary.asked)
     environment = os.environ | dict.fromkeys(("HF_ENDPOINT", "http_proxy", "https_proxy"), canary.url)
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
+    environment["HF_HUB_DISABLE_TELEMETRY"] = "1"  # with it the first request of all would be another one
     command = [sys.executable, "tests/load_hostile_models.py", str(tmp_path), canary.url]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -41,7 +41,7 @@ def _not_many(value: object) -> object:
 
 
 Metadata = Annotated[
-    dict[MetadataKey, MetadataValue], BeforeValidator(_not_many), Field(max_length=MAX_METADATA)
+    dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA), BeforeValidator(_not_many)
 ]
 
 
