@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from comps.tuning import outcome, rundir
+from comps.tuning.failpoints import failpoint
 from comps.tuning.sealed import unseal_environment
 
 # An older attempt whose machine or Ray is lost ends by itself within seconds (seconds).
@@ -75,6 +76,7 @@ def carry_out(
     """
     with alone(directory) if rank == 0 else nullcontext():
         try:
+            failpoint("run-begun")
             unseal_environment()
             result = work()
         except Exception as error:

@@ -15,7 +15,18 @@ from pathlib import Path
 
 import pytest
 from fixtures_models import save_tiny_model
-from fixtures_service import ENDED, MODEL, create, directory_of, job, messages, succeeded, upload
+from fixtures_service import (
+    ENDED,
+    MODEL,
+    create,
+    directory_of,
+    job,
+    kill_all,
+    local_head,
+    messages,
+    succeeded,
+    upload,
+)
 from fixtures_training import Run, assert_same_weights, run
 from service_process import ServiceProcess
 
@@ -123,6 +134,41 @@ def test_a_run_that_dies_around_its_checkpoints_and_its_end_is_the_run_that_was(
     undisturbed = run(TrainSpec.model_validate(spec | {"directory": tmp_path}))
     assert_same_weights(Run(directory), undisturbed)
     assert not [path for path in directory.rglob("*") if path.name.endswith((".tmp", ".old"))]
+
+
+@pytest.mark.parametrize("service_too", [False, True], ids=["Ray", "Ray and the service"])
+def test_a_job_outlives_the_loss_of_ray_in_each_of_its_phases(
+    service: ServiceProcess, failpoints: Failpoints, service_too: bool
+) -> None:
+    """None of these losses is a death of the job's own, so it may have no retry at all."""
+    points = ("run-begun", "checkpoint-written", "result-unwritten")
+    failpoints.arm(*points, action="hold")
+    job_id = create(service, upload(service), Training={"max_train_steps": 4}, retry_limit=0)
+    for point in points:
+        lose_ray_at(service, failpoints, point, service_too)
+    succeeded(service, job_id)
+    assert assert_legal(service, job_id) == "succeeded"
+
+    failpoints.arm("directory-filled", action="hold")
+    body = {"fine_tuning_job_id": job_id, "adapter_version": "minimal", "wait": False}
+    route = "/v1/finetune/extract_adapter"
+    assert service.http.post(route, json=body).status_code == 200
+    lose_ray_at(service, failpoints, "directory-filled", service_too)
+    extracted = service.http.post(route, json=body | {"wait": True}, timeout=120).json()
+    assert any(Path(extracted["path"]).glob("*.safetensors"))
+
+
+def lose_ray_at(service: ServiceProcess, failpoints: Failpoints, point: str, service_too: bool) -> None:
+    """Kill Ray with all its processes, and perhaps the service, while a run stands still at ``point``."""
+    deadline = time.monotonic() + 120
+    while point in failpoints.armed:
+        assert time.monotonic() < deadline, point
+        time.sleep(0.05)
+    if service_too:
+        service.kill()
+    kill_all(local_head(service))
+    if service_too:
+        service.start()
 
 
 def test_a_merge_that_dies_half_way_is_done_again(service: ServiceProcess, failpoints: Failpoints) -> None:
