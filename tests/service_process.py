@@ -29,7 +29,7 @@ class ServiceProcess:
     ``prefix`` is put before the command.
     """
 
-    start_timeout = 30.0
+    start_timeout = 90.0  # a busy machine
 
     def __init__(
         self, directory: Path, *, ray: bool = False, prefix: Sequence[str] = (), **environment: str
