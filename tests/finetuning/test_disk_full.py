@@ -19,7 +19,7 @@ from small_disk import SmallDisk, small_disk
 MEGABYTE = 1_000_000
 
 
-pytestmark = pytest.mark.trust
+pytestmark = [pytest.mark.trust, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

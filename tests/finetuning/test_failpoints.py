@@ -63,7 +63,7 @@ class Failpoints:
         return {path.name for path in self.directory.iterdir()}
 
 
-pytestmark = pytest.mark.trust
+pytestmark = [pytest.mark.trust, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from fixtures_service import MODEL, create, job, local_head, trainers, upload
 from health_watch import HealthWatch
 from service_process import ServiceProcess
 
-pytestmark = pytest.mark.trust
+pytestmark = [pytest.mark.trust, pytest.mark.timeout(900)]
 
 JOBS = 200
 WITHIN = 1.0  # seconds

@@ -39,7 +39,7 @@ TRAINING = {"max_train_steps": STEPS, "batch_size": 8, "logging_steps": 5}
 GENERAL = {"save_steps": 20, "lora_config": {"lora_dropout": 0.1}}
 
 
-pytestmark = pytest.mark.trust
+pytestmark = [pytest.mark.trust, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
