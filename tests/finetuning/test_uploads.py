@@ -319,3 +319,13 @@ def test_the_hourly_sweep_ends_expired_uploads_and_forgets_old_ones(tmp_path: Pa
     assert left == {"fresh": "pending", "over": "expired", "completed": "completed"}
     assert parts == ["part-fresh"]
     assert {path.name for path in tmp_path.glob("part-*")} == {"part-fresh"}
+
+
+def test_an_upload_that_is_begun_again_with_its_key_is_the_same_one(server: ServiceProcess) -> None:
+    body = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 3, "mime_type": "application/jsonl"}
+    headers = {"Idempotency-Key": "begin-an-upload"}
+    first, again = (server.http.post("/v1/uploads", json=body, headers=headers) for _ in range(2))
+    assert first.status_code == 200, first.text
+    assert again.json() == first.json()
+    other = server.http.post("/v1/uploads", json=body | {"bytes": 4}, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")

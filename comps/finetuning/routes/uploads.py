@@ -16,11 +16,12 @@ from comps.finetuning.dependencies import (
     DatabaseDep,
     OwnerDep,
     ReaderDep,
-    SessionDep,
+    RepeatDep,
     SettingsDep,
     UploadSlot,
 )
 from comps.finetuning.jobs.find import find_upload
+from comps.finetuning.jobs.repeats import claim, keep, once
 from comps.finetuning.owner import Owner
 from comps.finetuning.schemas.files import check_purpose, display_name
 from comps.finetuning.schemas.tolerant import request_warnings
@@ -58,7 +59,7 @@ _PART_FORM: dict[str, Any] = {
 
 @router.post("")
 def create_upload(
-    body: UploadRequest, owner: OwnerDep, settings: SettingsDep, session: SessionDep
+    body: UploadRequest, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep, repeat: RepeatDep
 ) -> UploadObject:
     """Begin an upload in parts; it must be completed within an hour."""
     if body.bytes > settings.max_upload_bytes:
@@ -73,8 +74,17 @@ def create_upload(
         status="pending", created_at=(now := time.time()), expires_at=now + LIFETIME_SECONDS,
         file_lifetime=body.expires_after.seconds if body.expires_after else None,
     )  # fmt: skip
-    session.add(upload)
-    return UploadObject.of(upload, warnings=request_warnings(body))
+
+    def make() -> UploadObject:
+        with database.session() as session:
+            claim(session, repeat)
+            session.add(upload)
+            session.flush()
+            answer = UploadObject.of(upload, warnings=request_warnings(body))
+            keep(session, repeat, answer)
+        return answer
+
+    return once(database, repeat, make, UploadObject.model_validate)
 
 
 @router.get("/{upload_id}")
