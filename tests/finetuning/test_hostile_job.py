@@ -70,7 +70,7 @@ def test_a_job_full_of_shell_runs_to_its_end_and_none_of_it_is_run(
             "output_dir": hostile,
             "gpt_base_model": hostile,
         },
-        "Dataset": {"max_source_length": 64, "max_length": 96, "train_file": hostile},
+        "Dataset": {"train_file": hostile},
         "Training": {"max_train_steps": 8, "deepspeed_config_file": hostile},
     }
     job_id = create(service, upload(service, SHORT + LONG, name), **changes)
@@ -93,9 +93,9 @@ def test_a_job_full_of_shell_runs_to_its_end_and_none_of_it_is_run(
     # The records that are longer than max_length are counted and said, in the job's own events.
     warnings = [event["message"] for event in events(service, job_id) if event["level"] == "warn"]
     shown = name.replace("\\", "/").rpartition("/")[2]
-    assert f"{shown}: 3 records were longer than max_length=96 or max_source_length=64 and cut" in warnings, (
-        warnings
-    )
+    assert (
+        f"{shown}: 3 records were longer than max_length=512 or max_source_length=384 and cut" in warnings
+    ), warnings
 
     extracted = service.http.post("/v1/finetune/extract_adapter", json={"fine_tuning_job_id": job_id})
     assert extracted.status_code == 200, extracted.text
