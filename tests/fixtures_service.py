@@ -61,10 +61,12 @@ def upload(
     return service.openai.files.create(file=(name, content), purpose="fine-tune").id
 
 
-def create(service: ServiceProcess, file_id: str, **changes: Any) -> str:
+def create(
+    service: ServiceProcess, file_id: str, headers: dict[str, str] | None = None, **changes: Any
+) -> str:
     """Create :data:`NLS_JOB` with changes; returns its id."""
     body = with_changes(NLS_JOB, {**changes, "training_file": file_id})
-    response = service.http.post("/v1/fine_tuning/jobs", json=body)
+    response = service.http.post("/v1/fine_tuning/jobs", json=body, headers=headers)
     assert response.status_code == 200, response.text
     return str(response.json()["id"])
 

@@ -13,6 +13,7 @@
     +-- TooLarge             413
     +-- UnsupportedEncoding  415  the body is compressed
     +-- Unavailable          503  for now; asking again may help
+    |   +-- Stopping         503  the service ends, and has not done what was asked
     +-- InsufficientStorage  507  the disk is full
 
 Each knows its ``status``, ``type`` and ``code``. A new one sets these three and needs nothing else.
@@ -104,6 +105,11 @@ class UnsupportedEncoding(ServiceError):
 
 class Unavailable(ServiceError):
     status, type, code = 503, "server_error", "unavailable"
+
+
+class Stopping(Unavailable):
+    code = "stopping"
+    headers: ClassVar[Mapping[str, str]] = {"retry-after": "10"}
 
 
 class InsufficientStorage(ServiceError):

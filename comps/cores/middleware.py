@@ -6,6 +6,7 @@ route and a client that hangs up.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -18,7 +19,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from comps.cores.errors import BadHost, Forbidden, ServiceError, TooLarge, error_response, request_ids
+from comps.cores.errors import (
+    BadHost,
+    Forbidden,
+    ServiceError,
+    Stopping,
+    TooLarge,
+    error_response,
+    request_ids,
+)
 from comps.cores.json_body import read_json
 from comps.cores.logging import request_id
 from comps.cores.statistics import RequestStatistics
@@ -70,12 +79,18 @@ class RequestLog:
         except ClientDisconnect:
             if not answered:
                 self._record(scope, 0, time.perf_counter() - started)  # and there is nobody left to answer
+        except asyncio.CancelledError:
+            if answered:
+                raise
+            # The server cancels what has not ended within its grace, and would itself answer 500.
+            failure = Stopping("The service is stopping; send the request again when it has started.")
+            await error_response(failure, request_ids(Request(scope)))(scope, receive, send_with_id)
         except Exception as error:
             log.error("unexpected error", exc_info=error)
             if answered:
                 raise  # too late for an answer; the server closes the connection
-            failure = ServiceError("The service failed on this request; its log says why.")
-            await error_response(failure, request_ids(Request(scope)))(scope, receive, send_with_id)
+            unexpected = ServiceError("The service failed on this request; its log says why.")
+            await error_response(unexpected, request_ids(Request(scope)))(scope, receive, send_with_id)
         finally:
             request_id.reset(token)
 

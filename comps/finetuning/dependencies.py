@@ -12,6 +12,7 @@ from pydantic import AfterValidator
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import Unauthorized
+from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.repeats import HEADER, Repeat, check_key, digest
 from comps.finetuning.owner import EVERYBODY, Owner
 from comps.finetuning.settings import Secrets, Settings
@@ -34,9 +35,15 @@ def get_blobs(request: Request) -> Blobs:
     return blobs
 
 
+def get_news(request: Request) -> News:
+    news: News = request.app.state.news
+    return news
+
+
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 DatabaseDep = Annotated[Database, Depends(get_database)]
 BlobsDep = Annotated[Blobs, Depends(get_blobs)]
+NewsDep = Annotated[News, Depends(get_news)]
 
 
 def bearer_key(header: str | None) -> str | None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sqlite3
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +23,7 @@ from sqlalchemy import text
 import comps.finetuning.store.blobs
 import comps.finetuning.uploads
 from comps.cores.errors import TooLarge
+from comps.finetuning.owner import EVERYBODY
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
@@ -107,6 +109,8 @@ def in_a_child(place: Place, act: Act, before: Callable[[int], None]) -> int:
         sys.settrace(trace)
         act(database, place.blobs)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -163,7 +167,7 @@ def status_of(database: Database) -> tuple[str, list[str]]:
 
 
 def completing(database: Database, blobs: Blobs) -> str:
-    _, file = complete(database, blobs, "upload-1", None, list(PARTS), None)
+    _, file = complete(database, blobs, "upload-1", EVERYBODY, list(PARTS), None)
     return file.id
 
 
@@ -187,7 +191,7 @@ def sending(database: Database, blobs: Blobs) -> None:
     try:
         writer.write(content)
         part = PartRow(id="part-2", upload_id="upload-1", bytes=len(content))
-        keep_part(database, blobs, writer, part, None)
+        keep_part(database, blobs, writer, part, EVERYBODY)
     finally:
         writer.discard()
 
@@ -200,7 +204,7 @@ def is_there_or_not(place: Place, database: Database) -> int:
 
 
 def cancelling(database: Database, blobs: Blobs) -> None:
-    cancel(database, blobs, "upload-1", None)
+    cancel(database, blobs, "upload-1", EVERYBODY)
 
 
 def is_gone_or_as_before(place: Place, database: Database) -> str:

@@ -28,6 +28,8 @@ from fixtures_service import (
 from hostile import shell_lines
 from service_process import ROOT, ServiceProcess
 
+from comps.tuning import sealed
+
 # The data directory is part of that line. A name has no slash, so the canary is where the job happens to be.
 DIRECTORY = 'it\'s a "place"; touch canary $(touch canary) `touch canary` & | touch canary #'
 LONG = [{"instruction": "word " * 300, "output": f"number {n}"} for n in range(3)]
@@ -88,7 +90,7 @@ def test_a_job_full_of_shell_runs_to_its_end_and_none_of_it_is_run(
     assert environment["WANDB_PROJECT"] == lines[1]
     assert environment["WANDB_ENTITY"] == lines[2]
     assert environment["WANDB_TAGS"] == ",".join(lines)
-    assert environment["HF_TOKEN"] == lines[0]
+    assert sealed.unseal(environment[sealed.SEALED], Path(environment[sealed.KEY_FILE])) == lines[0]
 
     # The records that are longer than max_length are counted and said, in the job's own events.
     warnings = [event["message"] for event in events(service, job_id) if event["level"] == "warn"]

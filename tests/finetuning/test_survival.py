@@ -160,6 +160,17 @@ def test_a_killed_ray_is_replaced_while_the_service_runs(service: ServiceProcess
     assert head.find() not in (None, address)
 
 
+def test_a_ray_that_has_lost_its_node_and_lives_on_is_replaced(service: ServiceProcess) -> None:
+    """Without its agent Ray ends the node, in good order, so that nothing ends the head."""
+    head = local_head(service)
+    address = head.find()
+    job_id = create(service, upload(service), Training={"max_train_steps": 5})
+    (agent,) = (process for process in head.processes() if process.name().startswith("ray::DashboardAg"))
+    agent.kill()
+    succeeded(service, job_id)
+    assert head.find() not in (None, address)
+
+
 def test_a_stopped_service_saves_its_jobs_and_leaves_no_process(
     service: ServiceProcess, running: str, undisturbed: Run
 ) -> None:

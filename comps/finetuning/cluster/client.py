@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import aiohttp
 
-from comps.finetuning.cluster.errors import ClusterUnavailable
+from comps.finetuning.cluster.errors import ClusterUnavailable, NodesLost
 
 RayStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 
@@ -56,6 +56,8 @@ class JobsClient:
             raise ClusterUnavailable(f"Ray at {self.address} cannot list its nodes ({status})") from error
         if living := [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]:
             return living
+        if nodes:
+            raise NodesLost(f"Ray at {self.address} has lost all its nodes")
         raise ClusterUnavailable(f"Ray at {self.address} has no nodes yet")
 
     async def submit(

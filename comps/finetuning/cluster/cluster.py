@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comps.finetuning.cluster.errors import ClusterUnavailable
+from comps.finetuning.cluster.errors import ClusterUnavailable, NodesLost
 from comps.finetuning.cluster.local_head import LocalHead
 from comps.finetuning.cluster.named import dashboard_address, operator_token
 from comps.finetuning.settings import Settings
@@ -129,7 +129,7 @@ class Cluster:
                 self._starts = 0
                 self._report("ready", "Ray answers")
             except (ClusterUnavailable, OSError) as error:
-                await self._not_ready(str(error))
+                await self._not_ready(error)
             quick = self._head and not self.ready  # our own head is about to answer
             await asyncio.sleep(0.25 if quick else self.watch_interval)
 
@@ -164,12 +164,13 @@ class Cluster:
         async with self._launching:
             return await asyncio.to_thread(head.start)
 
-    async def _not_ready(self, reason: str) -> None:
+    async def _not_ready(self, reason: Exception) -> None:
         late = time.monotonic() - self._since > self.start_timeout
-        self._report("starting" if self._state == "starting" and not late else "unreachable", reason)
-        if late and self._head and self._starts:
-            # A new head that never answers is of no use. (One that has answered is left alone as long as
-            # it lives: it may be slow only because a training has all the cores.)
+        self._report("starting" if self._state == "starting" and not late else "unreachable", str(reason))
+        if self._head and (isinstance(reason, NodesLost) or (late and self._starts)):
+            # A head whose node has ended does not get another, and a new one that never answers is of no
+            # use. (One that has answered is left alone otherwise: it may be slow only because a training has
+            # all the cores.)
             async with self._launching:
                 await asyncio.to_thread(self._head.stop)
         if late and self._head is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,10 @@ from fastapi import APIRouter, Request
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
-from comps.cores.errors import NotFound, ServiceError
-from comps.finetuning.dependencies import DatabaseDep, OwnerDep, RepeatDep, SettingsDep
+from comps.cores.errors import NotFound, ServiceError, Stopping
+from comps.finetuning.dependencies import DatabaseDep, NewsDep, OwnerDep, RepeatDep, SettingsDep
 from comps.finetuning.jobs.adapters import create_extract, create_merge
+from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.repeats import Repeat, keep, once
 from comps.finetuning.jobs.states import TERMINAL
 from comps.finetuning.schemas.adapters import AdapterAnswer, AdapterRequest, ExtractRequest, MergeRequest
@@ -22,7 +24,7 @@ from comps.finetuning.store.tables import JobRow
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
-_POLL_SECONDS = 0.15
+_LOOK_SECONDS = 1.0  # between two looks whether the client still waits
 
 
 class RunFailed(ServiceError):
@@ -44,11 +46,12 @@ async def extract_adapter(
     owner: OwnerDep,
     settings: SettingsDep,
     database: DatabaseDep,
+    news: NewsDep,
     repeat: RepeatDep,
 ) -> AdapterAnswer:
     """Cut a sub-adapter out of a super-adapter. The answer comes when it is written."""
     make = partial(create_extract, database, settings, body, owner, repeat)
-    return await _answer(request, database, body, repeat, make)
+    return await _answer(request, database, news, body, repeat, make)
 
 
 @router.post("/finetune/merge_adapter")
@@ -60,16 +63,18 @@ async def merge_adapter(
     owner: OwnerDep,
     settings: SettingsDep,
     database: DatabaseDep,
+    news: NewsDep,
     repeat: RepeatDep,
 ) -> AdapterAnswer:
     """Merge an adapter into its base model. The answer comes when the model is written."""
     make = partial(create_merge, database, settings, body, owner, repeat)
-    return await _answer(request, database, body, repeat, make)
+    return await _answer(request, database, news, body, repeat, make)
 
 
 async def _answer(
     request: Request,
     database: Database,
+    news: News,
     body: AdapterRequest,
     repeat: Repeat | None,
     make: Callable[[], JobRow | AdapterAnswer],
@@ -83,9 +88,17 @@ async def _answer(
     request.app.state.dispatcher.wake()
     if body.wait:
         # The work goes on when the client hangs up; the same request then finds it again.
-        while job.status not in TERMINAL and not await request.is_disconnected():
-            await asyncio.sleep(_POLL_SECONDS)
-            job = await run_in_threadpool(_again, database, job)
+        with news.bell(job.id) as bell:
+            while job.status not in TERMINAL and not await request.is_disconnected():
+                if news.closed:
+                    sentence = (
+                        f"The service is stopping; the {job.kind} {job.id} goes on when it has started."
+                    )
+                    raise Stopping(f"{sentence} Send the request again to wait for it.")
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(bell.wait(), _LOOK_SECONDS)
+                bell.clear()
+                job = await run_in_threadpool(_again, database, job)
     if job.status in ("failed", "cancelled"):
         error = job.error or {"message": f"The {job.kind} {job.id} was {job.status}.", "code": "cancelled"}
         kind = RunBroke if error["code"] == "server_error" else RunFailed

@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 
 from comps.cores.app import content
-from comps.finetuning.dependencies import DatabaseDep, OwnerDep, ReaderDep
+from comps.finetuning.dependencies import DatabaseDep, NewsDep, OwnerDep, ReaderDep
 from comps.finetuning.jobs.find import find_run
 from comps.finetuning.routes.event_stream import MEDIA_TYPE, is_asked_for, position, stream_events
 from comps.finetuning.routes.jobs import JobPath
@@ -34,6 +34,7 @@ def list_events(
     owner: OwnerDep,
     session: ReaderDep,
     database: DatabaseDep,
+    news: NewsDep,
     after: After = None,
     limit: Limit = 20,
     stream: Stream = None,
@@ -48,7 +49,7 @@ def list_events(
     if stream if stream is not None else is_asked_for(request.headers.get("accept")):
         param = "Last-Event-ID" if last_event_id else "after"
         place = position(session, job.id, last_event_id or after, param)
-        events = stream_events(database, request.app.state.news, job.id, place)
+        events = stream_events(database, news, job.id, place)
         headers = {
             "cache-control": "no-store",
             "x-accel-buffering": "no",

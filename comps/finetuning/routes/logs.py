@@ -13,8 +13,9 @@ from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
 from comps.cores.app import content
-from comps.finetuning.dependencies import DatabaseDep, OwnerDep, SettingsDep
+from comps.finetuning.dependencies import DatabaseDep, NewsDep, OwnerDep, SettingsDep
 from comps.finetuning.jobs.find import find_run
+from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.states import TERMINAL
 from comps.finetuning.owner import Owner
 from comps.finetuning.routes.jobs import JobPath
@@ -55,14 +56,15 @@ async def job_logs(
     owner: OwnerDep,
     settings: SettingsDep,
     database: DatabaseDep,
+    news: NewsDep,
     tail: Annotated[int | None, Query(ge=0, le=1_000_000, description="Only the last lines")] = None,
-    follow: Annotated[bool, Query(description="Go on until the job has ended")] = False,
+    follow: Annotated[bool, Query(description="Go on until the job has ended, or the service stops")] = False,
 ) -> StreamingResponse:
     """Standard output and error of a run, also of an extraction or a merge. Empty before it starts."""
     job_id = await run_in_threadpool(_known_id, database, fine_tuning_job_id, owner)
     path = settings.jobs_dir / job_id / LOG
     offset = await run_in_threadpool(tail_offset, path, tail) if tail is not None and path.exists() else 0
-    text = _read(path, offset, database, job_id if follow else None)
+    text = _read(path, offset, database, news, job_id if follow else None)
     return StreamingResponse(text, media_type="text/plain; charset=utf-8")
 
 
@@ -76,13 +78,15 @@ def _ended(database: Database, job_id: str) -> bool:
         return session.scalar(select(JobRow.status).where(JobRow.id == job_id)) in (*TERMINAL, None)
 
 
-async def _read(path: Path, offset: int, database: Database, followed: str | None) -> AsyncIterator[bytes]:
+async def _read(
+    path: Path, offset: int, database: Database, news: News, followed: str | None
+) -> AsyncIterator[bytes]:
     """The file from ``offset`` to its present end, or to the end of the job ``followed``."""
     stream: BinaryIO | None = None
     try:
         while True:
             # Asked before reading: what was written before the end is then read for sure.
-            ended = followed is None or await run_in_threadpool(_ended, database, followed)
+            ended = followed is None or news.closed or await run_in_threadpool(_ended, database, followed)
             if stream is None and path.exists():
                 stream = await run_in_threadpool(open, path, "rb")
                 stream.seek(offset)
