@@ -76,6 +76,7 @@ def test_a_run_logs_the_loss_that_the_model_itself_tells(
     data = write_records(tmp_path / "records.json")
     settings = {"max_train_steps": 4, "gradient_accumulation_steps": accumulation}
     settings["validation_split_percentage"] = 10
+    monkeypatch.setattr("comps.tuning.training.trainer.packs", lambda model, longest: False)
     ours = run(train_spec(tmp_path / "ours", model, data, **settings))
     monkeypatch.setattr("comps.tuning.training.trainer.keeps_positions", lambda model: False)
     theirs = run(train_spec(tmp_path / "theirs", model, data, **settings))

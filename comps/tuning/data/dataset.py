@@ -57,6 +57,17 @@ class TokenRows(Dataset[dict[str, list[int]]]):
         lengths: list[int] = (self._spans[:, 1] - self._spans[:, 0]).tolist()
         return lengths
 
+    def common_beginning(self, looked_at: int = 1000) -> int:
+        """How many tokens all rows begin with alike, told from ``looked_at`` of them."""
+        first, *others = (
+            self[index]["input_ids"] for index in range(0, len(self), len(self) // looked_at + 1)
+        )
+        common = len(first)
+        for ids in others:
+            while ids[:common] != first[:common]:
+                common -= 1
+        return common
+
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenRows:
         """The rows at ``indices``, in that order, without copying their tokens."""
         return TokenRows(self._ids, self._learnt, self._spans[np.asarray(indices, dtype=np.int64)])

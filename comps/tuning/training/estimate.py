@@ -24,6 +24,15 @@ def step_work(
     return work
 
 
+def packed_work(
+    lengths: Sequence[int], order: Sequence[int], rows_per_step: int, common: int = 0
+) -> list[int]:
+    """As :func:`step_work`, without padding, and with the ``common`` first tokens of all rows once a step."""
+    own = np.asarray(lengths)[np.asarray(order)] - common
+    work: list[int] = (np.add.reduceat(own, np.arange(0, len(own), rows_per_step)) + common).tolist()
+    return work
+
+
 class Estimate:
     """Seconds that are left of a run of ``steps`` optimizer steps.
 

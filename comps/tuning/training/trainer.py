@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from comps.tuning.data.batching import LengthGroupedSampler
 from comps.tuning.elastic.model import ElasticController
-from comps.tuning.training.estimate import step_work
+from comps.tuning.training.estimate import packed_work, step_work
 from comps.tuning.training.loss import keeps_positions, labelled_only, mean_loss
+from comps.tuning.training.packing import pack, packed_loss, packs
 
 
 class RankBatches(Sampler[list[int]]):
@@ -64,11 +65,21 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
     """``train_dataset`` and ``eval_dataset`` are :class:`TokenRows`.
 
     ``controller``: the elastic ranks, or ``None``; validation runs at the maximal configuration.
+    ``packed``: whether the model takes batches without padding.
     """
 
     def __init__(self, *, controller: ElasticController | None, shuffle: bool, **kwargs: Any) -> None:
-        self._labelled_only = keeps_positions(kwargs["model"].get_base_model())
-        super().__init__(compute_loss_func=mean_loss if self._labelled_only else None, **kwargs)
+        model, rows = kwargs["model"].get_base_model(), kwargs["train_dataset"]
+        longest = max(max(each.lengths) for each in (rows, kwargs["eval_dataset"]) if each)
+        # How a batch becomes the model's inputs, and their outputs a loss; without, the model has its own.
+        self._inputs: Callable[[dict[str, torch.Tensor]], dict[str, Any]] | None = None
+        loss: Callable[..., torch.Tensor] | None = None
+        self.packed = packs(model, longest)
+        if self.packed:
+            self._inputs, loss = pack, packed_loss
+        elif keeps_positions(model):
+            self._inputs, loss = labelled_only, mean_loss
+        super().__init__(compute_loss_func=loss, **kwargs)
         self._controller = controller
         args = self.args
         rows = args.per_device_train_batch_size * args.world_size
@@ -79,18 +90,20 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_EpochSetter(self._batches))
 
     def work(self, epoch: int) -> list[int]:
-        """Tokens, padding included, that each optimizer step of an epoch computes on."""
+        """Tokens that each optimizer step of an epoch computes on."""
         rows = self._batches.rows * self.args.gradient_accumulation_steps
-        padded_to = self.data_collator.length or 0
-        return step_work(self.train_dataset.lengths, self._batches.order(epoch), rows, padded_to)
+        lengths, order = self.train_dataset.lengths, self._batches.order(epoch)
+        if self.packed:
+            return packed_work(lengths, order, rows, self.train_dataset.common_beginning())
+        return step_work(lengths, order, rows, self.data_collator.length or 0)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, which it leaves the rest to."""
-        if self._labelled_only:
-            inputs = labelled_only(inputs)
+        if self._inputs:
+            inputs = self._inputs(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

@@ -1,0 +1,197 @@
+"""Packed batches give the loss and the gradients of padded ones, which the textbook's formula gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures_elastic import lora, randomise
+from fixtures_models import save_tiny_model, tiny_model
+from fixtures_training import run, train_spec, write_records
+from torch import Tensor
+from torch.nn import functional
+
+from comps.tuning.data.masking import IGNORED
+from comps.tuning.elastic.model import build_adapter
+from comps.tuning.training.packing import NAME, pack, packed_loss, packs
+
+PACKED = ("llama", "qwen2", "mistral", "phi", "opt", "gpt2")
+PADDED = ("gemma2", "bloom")  # a cap on the scores of attention; an attention of its own
+
+Rows = list[tuple[list[int], list[int]]]  # ids, and the places that are learnt
+
+# name -> rows
+BATCHES: dict[str, Rows] = {
+    "answers at the end": [
+        ([5, 6, 7, 8, 9, 20, 21], [5, 6]),
+        ([5, 6, 7, 9, 30], [4]),
+        ([5, 6, 7, 8, 9, 20, 22, 23, 2], [7, 8]),
+    ],
+    "every token": [(ids, list(range(len(ids)))) for ids in ([5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 10, 11])],
+    "answers within the beginning": [([5, 6, 7, 8, 1], [1, 2, 4]), ([5, 6, 7, 8, 2], [1, 4])],
+    "prompts, not answers": [([5, 6, 7, 8, 9, 9], [1, 2]), ([5, 6, 3, 3], [0, 1, 2]), ([5, 6], [1])],
+    "one length": [([5, 6, 7, number], [3]) for number in range(1, 6)],
+    "nothing in common": [([number, 6, 7], [1, 2]) for number in range(1, 5)],
+    "one row": [([5, 6, 7, 8], [2, 3])],
+    "the same row twice": [([5, 6, 7, 8], [2, 3]), ([5, 6, 7, 8], [2, 3])],
+    "a row of one token": [([5], [0]), ([5, 6, 7], [2])],
+    "a row without labels": [([5, 6, 7, 8, 9], []), ([5, 6, 2, 2], [3])],
+}
+
+
+def padded(rows: Rows, left: bool = False) -> dict[str, Tensor]:
+    longest = max(len(ids) for ids, _ in rows)
+    batch = {
+        "input_ids": torch.zeros(len(rows), longest, dtype=torch.long),
+        "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
+        "labels": torch.full((len(rows), longest), IGNORED),
+    }
+    for number, (ids, learnt) in enumerate(rows):
+        start = longest - len(ids) if left else 0
+        batch["input_ids"][number, start : start + len(ids)] = torch.tensor(ids)
+        batch["attention_mask"][number, start : start + len(ids)] = 1
+        for place in learnt:
+            batch["labels"][number, start + place] = ids[place]
+    return batch
+
+
+def textbook(model: torch.nn.Module, rows: Rows, items: int | None = None) -> Tensor:
+    """Row by row, without any padding, with all logits."""
+    total, count = torch.zeros(()), 0
+    for ids, learnt in rows:
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+        for place in learnt:
+            if place:
+                total = total + functional.cross_entropy(logits[place - 1], torch.tensor(ids[place]))
+                count += 1
+    return total / (items or count)
+
+
+def with_gradients(model: torch.nn.Module, loss: Tensor) -> tuple[float, dict[str, Tensor]]:
+    loss.backward()
+    found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    model.zero_grad()
+    return loss.item(), found
+
+
+def through_packing(model: torch.nn.Module, batch: dict[str, Tensor], items: int | None = None) -> Tensor:
+    inputs = pack(batch)
+    labels = inputs.pop("labels")
+    return packed_loss(model(**inputs), labels, None if items is None else torch.tensor(items))
+
+
+def assert_equal(model: torch.nn.Module, rows: Rows, left: bool = False, items: int | None = None) -> None:
+    expected, gradients = with_gradients(model, textbook(model, rows, items))
+    found, ours = with_gradients(model, through_packing(model, padded(rows, left), items))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("family", PACKED)
+def test_loss_and_gradients_are_those_of_each_row_by_itself(family: str, rows: Rows) -> None:
+    model = tiny_model(family)
+    assert packs(model, 64)
+    assert_equal(model, rows)
+
+
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+def test_padding_on_the_left_is_left_out_as_well(rows: Rows) -> None:
+    model = tiny_model()
+    packs(model, 64)
+    assert_equal(model, rows, left=True, items=7)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_same_holds_for_elastic_adapters_with_gradient_checkpointing(family: str) -> None:
+    base = tiny_model(family)
+    assert packs(base, 64)
+    model, space, controller = build_adapter(base, lora(family))
+    assert space is not None
+    assert controller is not None
+    randomise(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    controller.set(space.minimal)
+    model.train()
+    rows = BATCHES["answers at the end"]
+    expected, gradients = with_gradients(model, textbook(model, rows))
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    found, ours = with_gradients(model, through_packing(model, padded(rows)))
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_an_architecture_that_cannot_take_part_is_left_as_it_was(family: str) -> None:
+    model = tiny_model(family)
+    before = model.config._attn_implementation
+    assert not packs(model, 64)
+    assert model.config._attn_implementation == before
+
+
+def test_rows_longer_than_the_window_of_attention_are_not_packed() -> None:
+    model = tiny_model("mistral")
+    model.config.sliding_window = 16
+    assert not packs(model, 17)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_leaks_between_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    norm = model.model.norm
+
+    def leaking(hidden: Tensor) -> Tensor:
+        return type(norm).forward(norm, hidden) + 1e-2 * hidden.cumsum(1)
+
+    monkeypatch.setattr(norm, "forward", leaking)
+    assert not packs(model, 64)
+
+
+def test_what_is_common_is_computed_once_and_what_no_label_needs_not_at_all() -> None:
+    rows = BATCHES["answers at the end"]
+    inputs = pack(padded(rows))
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 20, 9, 8, 9, 20, 22, 23]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 3, 4, 5, 6, 7]]
+    assert inputs["layout"].shared == 3
+    once = pack(padded(BATCHES["every token"]))
+    assert once["labels"][1].sum() == 3 + 2 + 5, "each label of each row"
+    assert len(once["logits_to_keep"]) < 10, "some of them from one position"
+
+
+def test_other_calls_of_the_same_model_are_as_ever() -> None:
+    model = tiny_model()
+    batch = padded(BATCHES["answers at the end"], left=True)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        before = model(**inputs).logits[:, -1]
+        generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        assert packs(model, 64)
+        assert model.config._attn_implementation == NAME
+        torch.testing.assert_close(model(**inputs).logits[:, -1], before)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), generated)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_is_the_same_with_and_without_packing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    data = write_records(tmp_path / "records.json")
+    settings = {"max_train_steps": 4, "gradient_accumulation_steps": accumulation, "mask_input": False}
+    settings["validation_split_percentage"] = 10
+    packed = run(train_spec(tmp_path / "packed", model, data, **settings))
+    monkeypatch.setattr("comps.tuning.training.trainer.packs", lambda model, longest: False)
+    plain = run(train_spec(tmp_path / "plain", model, data, **settings))
+    assert packed.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert [each for _, each in packed.series("valid_loss")] == pytest.approx(
+        [each for _, each in plain.series("valid_loss")], rel=1e-5
+    )
+    assert packed.result is not None
+    assert plain.result is not None
+    assert packed.result["trained_tokens"] == plain.result["trained_tokens"]
