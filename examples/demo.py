@@ -7,15 +7,16 @@ all on sentences that no training has seen. Everything goes over HTTP, as any cl
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,15 +105,13 @@ def post(client: openai.OpenAI, path: str, **body: Any) -> dict[str, Any]:
 
 def exact_match(model: Path | str, adapter: Path | str | None = None) -> dict[str, Any]:
     """Greedy answers on the held-out sentences, compared as JSON values."""
-    quiet = ("-W", "ignore::FutureWarning")  # PEFT 0.21 asks transformers 5.23 by an old name
-    command = [sys.executable, *quiet, "-m", "comps.tuning.evaluation", "--json", "--model", str(model)]
-    command += ["--file", str(ROOT / "examples" / "data" / "bookings_test.json")]
-    command += ["--batch-size", "50", "--max-new-tokens", "48"]
-    command += ["--adapter", str(adapter)] if adapter else []
-    # Two of these run side by side (see main), which is quicker than one on all cores after the other.
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    sys.path.insert(0, str(ROOT))
+    from comps.tuning.evaluation.__main__ import evaluate, parse
+
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by an old name
+    options = ["--json", "--batch-size", "50", "--max-new-tokens", "48", "--model", str(model)]
+    options += ["--file", str(ROOT / "examples" / "data" / "bookings_test.json")]
+    return dict(evaluate(parse([*options, *(["--adapter", str(adapter)] if adapter else [])])))
 
 
 def main() -> None:
@@ -130,11 +129,12 @@ def main() -> None:
         trained = time.monotonic() - began
 
         versions: dict[str, dict[str, Any]] = {}
-        for name in ("maximal", "heuristic", "minimal", "half"):
-            versions[name] = post(
-                client, "/finetune/extract_adapter", fine_tuning_job_id=job.id, adapter_version=name,
-                **({"custom_config": CUSTOM} if name == "half" else {}),
-            )  # fmt: skip
+        for wait in (False, True):  # all are asked for, so that two are worked on at a time; then waited for
+            for name in ("maximal", "heuristic", "minimal", "half"):
+                versions[name] = post(
+                    client, "/finetune/extract_adapter", fine_tuning_job_id=job.id, adapter_version=name,
+                    wait=wait, **({"custom_config": CUSTOM} if name == "half" else {}),
+                )  # fmt: skip
         say(f"Extracted the sub-adapters {', '.join(versions)} (half is a configuration of our own)")
         merged = post(
             client, "/finetune/merge_adapter", fine_tuning_job_id=job.id, adapter_version="heuristic"
@@ -142,19 +142,19 @@ def main() -> None:
         say(f"Merged heuristic into {merged['path']}; now all answer the held-out sentences")
 
     base, output = MODELS / MODEL, DATA / "jobs" / job.id / "output"
-    compared: list[tuple[str, dict[str, Any] | None, tuple[Any, ...]]] = [
-        ("base model", None, (base,)),
-        ("super-adapter", versions["maximal"], (base, output)),
-        *(
-            (name, versions[name], (base, versions[name]["path"]))
-            for name in ("heuristic", "half", "minimal")
-        ),
-        ("merged heuristic", None, (merged["path"],)),
+    compared: list[tuple[str, dict[str, Any] | None, Path | str, Path | str | None]] = [
+        ("base model", None, base, None),
+        ("super-adapter", versions["maximal"], base, output),
+        *((name, versions[name], base, versions[name]["path"]) for name in ("heuristic", "half", "minimal")),
+        ("merged heuristic", None, merged["path"], None),
     ]
-    with ThreadPoolExecutor(2) as pool:
-        scores = list(pool.map(lambda each: exact_match(*each[2]), compared))
+    # Two processes side by side are quicker than one on all cores.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) // 2))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        asked = [pool.submit(exact_match, model, adapter) for _, _, model, adapter in compared]
+        scores = [each.result() for each in asked]
     print(f"\n{'':18}{'ranks':>12}{'parameters':>12}{'exact match':>13}{'seconds':>9}")
-    for (name, version, _), score in zip(compared, scores, strict=True):
+    for (name, version, *_), score in zip(compared, scores, strict=True):
         ranks = sorted({group["rank"] for group in version["groups"]}) if version else []
         parameters = f"{version['parameters']:,}" if version else ""
         match = f"{score['correct']}/{score['total']}"

@@ -7,10 +7,14 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from comps.tuning.data.records import iter_checked
 from comps.tuning.errors import AdapterError, TuningError
 from comps.tuning.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from comps.tuning.evaluation.generate import ExactMatch
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,31 +33,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def evaluate(options: argparse.Namespace) -> ExactMatch:
+    """What the command does. Raises :class:`TuningError`."""
+    checked = iter_checked(options.file, options.file.name, "instruction_tuning")
+    records = [each.record for each in islice(checked, options.limit)]
+    from comps.tuning.evaluation.generate import exact_match  # torch, after the quick refusals
+    from comps.tuning.models.load import load_base_model, load_tokenizer
+
+    spec = ModelSpec(name=options.model.name, path=str(options.model.resolve()))
+    tokenizer = load_tokenizer(spec)
+    model = load_base_model(spec, use_cache=True)
+    if options.adapter:
+        from peft import PeftModel
+
+        if not (options.adapter / "adapter_config.json").is_file():
+            raise AdapterError(f"{options.adapter} is no adapter: it has no adapter_config.json")
+        model = PeftModel.from_pretrained(model, options.adapter).eval()
+    return exact_match(
+        model,
+        tokenizer,
+        records,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        as_json=options.json,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        checked = iter_checked(options.file, options.file.name, "instruction_tuning")
-        records = [each.record for each in islice(checked, options.limit)]
-        from comps.tuning.evaluation.generate import exact_match  # torch, after the quick refusals
-        from comps.tuning.models.load import load_base_model, load_tokenizer
-
-        spec = ModelSpec(name=options.model.name, path=str(options.model.resolve()))
-        tokenizer = load_tokenizer(spec)
-        model = load_base_model(spec, use_cache=True)
-        if options.adapter:
-            from peft import PeftModel
-
-            if not (options.adapter / "adapter_config.json").is_file():
-                raise AdapterError(f"{options.adapter} is no adapter: it has no adapter_config.json")
-            model = PeftModel.from_pretrained(model, options.adapter).eval()
-        result = exact_match(
-            model,
-            tokenizer,
-            records,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-            as_json=options.json,
-        )
+        result = evaluate(options)
     except TuningError as error:
         print(error, file=sys.stderr)
         return 1
