@@ -49,6 +49,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _keys_in(path: Path) -> tuple[SecretStr, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the file {path} cannot be read: {error}") from error
+    return tuple(SecretStr(line.strip()) for line in lines if line.strip())
+
+
 class Settings(BaseSettings):
     """See the module. Paths are absolute after validation; times are seconds, sizes bytes."""
 
@@ -135,6 +143,13 @@ class Settings(BaseSettings):
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().resolve() if path else None
 
+    @field_validator("api_keys_file")
+    @classmethod
+    def _has_keys(cls, path: Path | None) -> Path | None:
+        if path and not _keys_in(path):
+            raise ValueError(f"the file {path} holds no key")
+        return path
+
     @field_validator("allowed_hosts", "api_keys", "operator_keys", "trust_remote_code_models", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -146,13 +161,7 @@ class Settings(BaseSettings):
     @classmethod
     def _with_file(cls, keys: tuple[SecretStr, ...], info: ValidationInfo) -> tuple[SecretStr, ...]:
         path = info.data.get("api_keys_file")
-        if path is None:
-            return keys
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the file {path} cannot be read: {error}") from error
-        return keys + tuple(SecretStr(line.strip()) for line in lines if line.strip())
+        return keys + _keys_in(path) if path else keys
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Settings:

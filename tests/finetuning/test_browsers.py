@@ -87,6 +87,7 @@ class Elements(HTMLParser):
 
 
 def test_the_page_of_the_routes_needs_no_script_and_nobody_else(server: ServiceProcess) -> None:
+    assert server.http.get("/").headers["location"] == "/docs"
     answer = server.http.get("/docs")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     page = Elements(answer.text)

@@ -68,7 +68,16 @@ def test_keys_from_a_file_join_those_from_the_environment(
     monkeypatch.delenv("FINETUNING_API_KEYS")
     assert len(load_settings().api_keys) == 2
     monkeypatch.setenv("FINETUNING_API_KEYS_FILE", str(tmp_path / "absent"))
-    with pytest.raises(StartupError, match=r"FINETUNING_API_KEYS: the file .*absent cannot be read"):
+    with pytest.raises(StartupError, match=r"FINETUNING_API_KEYS_FILE: the file .*absent cannot be read"):
+        load_settings()
+
+
+def test_an_empty_file_of_keys_does_not_open_the_service(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text("\n")
+    monkeypatch.setenv("FINETUNING_API_KEYS_FILE", str(tmp_path / "keys"))
+    with pytest.raises(StartupError, match=r"FINETUNING_API_KEYS_FILE: the file .*keys holds no key"):
         load_settings()
 
 
