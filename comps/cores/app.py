@@ -60,7 +60,7 @@ def create_component(
     add_error_handlers(app)
     # The last added is the outermost.
     app.add_middleware(JsonBodies, limit=max_body_bytes, setting=max_body_setting, uploads=uploads)
-    app.add_middleware(Entrance, admit=admit, patience=body_seconds)
+    app.add_middleware(Entrance, admit=admit, patience=body_seconds, uploads=uploads)
     app.add_middleware(Guard, hosts=hosts, origins=origins)
     app.add_middleware(RequestLog, statistics=statistics)
     app.add_middleware(HeadAsGet)

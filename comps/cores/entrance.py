@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.requests import Request
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from comps.cores.errors import ServiceError, SlowRequest, UnsupportedEncoding, error_response
@@ -17,14 +18,17 @@ class Entrance:
     """Refuses requests whose body is not worth reading.
 
     ``admit`` raises for a stranger, who could otherwise have the service hold any number of bodies. A body
-    that is compressed gets 415. One that has not arrived after ``patience`` seconds gets 408, unless it is
-    multipart: those are streamed, and their routes see to it themselves.
+    that is compressed gets 415. One that has not arrived after ``patience`` seconds gets 408, except at the
+    paths in ``uploads`` (see :class:`comps.cores.middleware.JsonBodies`), whose routes see to it themselves.
     """
 
-    def __init__(self, app: ASGIApp, admit: Callable[[Request], object], patience: float) -> None:
+    def __init__(
+        self, app: ASGIApp, admit: Callable[[Request], object], patience: float, uploads: Collection[str]
+    ) -> None:
         self.app = app
         self.admit = admit
         self.patience = patience
+        self.uploads = [compile_path(path)[0] for path in uploads]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in _WITHOUT_BODY:
@@ -41,7 +45,7 @@ class Entrance:
         except ServiceError as error:
             await error_response(error)(scope, receive, send)
             return
-        if not request.headers.get("content-type", "").lower().startswith("multipart/"):
+        if not any(path.fullmatch(scope["path"]) for path in self.uploads):
             receive = self._in_time(receive)
         await self.app(scope, receive, send)
 

@@ -13,7 +13,8 @@
     +-- TooLarge             413
     +-- UnsupportedEncoding  415  the body is compressed
     +-- Unavailable          503  for now; asking again may help
-    |   +-- Stopping         503  the service ends, and has not done what was asked
+    |   +-- Stopping         503  the service ends; the request may be sent again
+    |   +-- CutOff           503  the service ends, and nobody knows what became of the request
     +-- InsufficientStorage  507  the disk is full
 
 Each knows its ``status``, ``type`` and ``code``. A new one sets these three and needs nothing else.
@@ -110,6 +111,12 @@ class Unavailable(ServiceError):
 class Stopping(Unavailable):
     code = "stopping"
     headers: ClassVar[Mapping[str, str]] = {"retry-after": "10"}
+
+
+class CutOff(Unavailable):
+    code = "cut_off"
+    # OpenAI's client would send it again by itself.
+    headers: ClassVar[Mapping[str, str]] = {"x-should-retry": "false"}
 
 
 class InsufficientStorage(ServiceError):

@@ -21,9 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from comps.cores.errors import (
     BadHost,
+    CutOff,
     Forbidden,
     ServiceError,
-    Stopping,
     TooLarge,
     error_response,
     request_ids,
@@ -83,7 +83,10 @@ class RequestLog:
             if answered:
                 raise
             # The server cancels what has not ended within its grace, and would itself answer 500.
-            failure = Stopping("The service is stopping; send the request again when it has started.")
+            failure = CutOff(
+                "The service stopped before it could tell what became of this request. See whether it was "
+                "carried out before you send it again, or send it with an Idempotency-Key from the beginning."
+            )
             await error_response(failure, request_ids(Request(scope)))(scope, receive, send_with_id)
         except Exception as error:
             log.error("unexpected error", exc_info=error)

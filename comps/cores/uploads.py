@@ -8,6 +8,7 @@ the whole body before a route could refuse it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import ClassVar, Protocol
 
@@ -20,6 +21,7 @@ from comps.cores.errors import InvalidRequest, ServiceError
 
 MAX_PARTS = 16
 MAX_FIELD_BYTES = 4096
+_SLOWEST = 8192  # bytes a second, after the first ``idle_seconds``
 _BLOCK = 2**20  # bytes gathered before a write on a thread
 
 
@@ -123,8 +125,8 @@ async def receive_upload(
     """Stream the request's body; the bytes of the part ``file_field`` go to ``destination``.
 
     Raises :class:`InvalidRequest` for anything but one whole multipart body with at most one file,
-    :class:`UploadStalled` when no byte came for ``idle_seconds``, and lets the destination's errors
-    through. Memory stays near one megabyte at any size.
+    :class:`UploadStalled` when no byte came for ``idle_seconds`` or they come too slowly, and lets the
+    destination's errors through. Memory stays near one megabyte at any size.
     """
     content_type, options = parse_options_header(request.headers.get("content-type"))
     if content_type != b"multipart/form-data" or not options.get(b"boundary"):
@@ -151,6 +153,7 @@ async def receive_upload(
 
 async def _chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
     stream = request.stream()
+    began, received = time.monotonic(), 0
     while True:
         try:
             async with asyncio.timeout(idle_seconds):
@@ -160,4 +163,8 @@ async def _chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]
             raise UploadStalled(message) from error
         if chunk is None:
             return
+        received += len(chunk)
+        # Or a few clients that send a byte now and then would hold all places for uploads.
+        if time.monotonic() - began > idle_seconds + received / _SLOWEST:
+            raise UploadStalled(f"The upload comes at less than {_SLOWEST} bytes a second; send it again.")
         yield chunk

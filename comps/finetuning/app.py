@@ -98,7 +98,12 @@ def create_app(settings: Settings) -> FastAPI:
                     database.dispose()
 
     def health() -> dict[str, Any]:
-        return {"Ray": app.state.cluster.status()}
+        status = app.state.cluster.status()
+        if (
+            settings.api_keys or settings.operator_keys
+        ):  # strangers see this; addresses and paths are not theirs
+            status = {name: status[name] for name in ("state", "local")}
+        return {"Ray": status}
 
     app = create_component(
         name=NAME,

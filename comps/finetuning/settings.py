@@ -109,7 +109,9 @@ class Settings(BaseSettings):
     max_record_bytes: int = Field(10_000_000, ge=1, description="Largest record of a data file, in bytes.")
     max_records: int = Field(1_000_000, ge=1, description="Most records in a data file.")
     max_queued_jobs: int = Field(
-        1000, ge=1, description="Fine-tuning jobs not ended, running ones too; a further one gets 429."
+        1000,
+        ge=1,
+        description="Jobs not ended, running ones, extractions and merges too; a further one gets 429.",
     )
     stop_seconds: float = Field(
         10,

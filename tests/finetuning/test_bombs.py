@@ -9,6 +9,7 @@ import socket
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -255,14 +256,32 @@ def test_slow_bodies_and_those_of_strangers_are_not_waited_for(make_server: Any)
         stranger.sendall(f"{head}\r\n{{".encode())
         assert stranger.recv(100).startswith(b"HTTP/1.1 401")
     slow = [connection(service) for _ in range(50)]
-    for line in slow:
-        line.sendall(f"{head}Authorization: Bearer key\r\n\r\n{{".encode())
+    for number, line in enumerate(slow):
+        kind = "multipart/form-data; boundary=b" if number % 2 else "application/json"
+        line.sendall(f"{head}Authorization: Bearer key\r\nContent-Type: {kind}\r\n\r\n{{".encode())
     assert httpx.get(f"{service.url}/health", timeout=5).is_success
     for line in slow:
         assert line.recv(100).startswith(b"HTTP/1.1 408")
         line.close()
     answer = service.http.post("/v1/models", json={"id": "a", "path": "b"})
     assert answer.status_code == 422
+
+
+def test_an_upload_that_drips_does_not_hold_its_place_for_ever(make_server: Any) -> None:
+    service = make_server(FINETUNING_UPLOAD_IDLE_SECONDS="1")
+    head = "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
+    head += "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+    with connection(service) as line:
+        line.sendall(head.encode())
+        line.settimeout(0.3)
+        answer, began = b"", time.monotonic()
+        while not answer:
+            assert time.monotonic() - began < 15
+            with suppress(TimeoutError):
+                answer = line.recv(1000)
+            if not answer:
+                line.sendall(b"x")
+    assert answer.startswith(b"HTTP/1.1 408")
 
 
 FLOORS = {

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI, Request
+from service_process import NO_RAY
 
 from comps.cores.app import create_component
 from comps.cores.errors import Conflict, ServiceError
@@ -166,7 +167,14 @@ def test_health_has_opea_s_keys_and_says_how_ray_is(server) -> None:
     body = server.http.get("/v1/health_check").json()
     assert list(body) == ["Service Title", "Version", "Service Description", "Ray"]
     assert body["Ray"]["state"] in ("starting", "unreachable")
+    assert body["Ray"]["address"] == NO_RAY
     assert server.http.get("/health").json().keys() == body.keys()
+
+
+def test_where_there_are_keys_strangers_learn_no_addresses_from_health(make_server) -> None:
+    service = make_server(FINETUNING_API_KEYS="key")
+    body = httpx.get(f"{service.url}/health").json()
+    assert set(body["Ray"]) == {"state", "local"}
 
 
 @asynccontextmanager

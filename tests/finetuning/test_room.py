@@ -40,6 +40,13 @@ def test_workers_share_the_cores_alike_when_none_are_asked_for(
     assert (impossible(wanted, nodes) is None) == (workers <= sum(cores))
 
 
+def test_free_gpus_on_two_nodes_do_not_make_room_for_one_worker() -> None:
+    nodes = [Node(8, 2), Node(8, 2)]
+    held = [Demand(1, 1, 1), Demand(1, 1, 1), Demand(1, 1, 1)]
+    assert not fits(Demand(1, 1, 2), nodes, held)
+    assert fits(Demand(1, 1, 1), nodes, held)
+
+
 def test_free_cores_on_two_nodes_do_not_make_room_for_one_worker() -> None:
     nodes = [Node(4), Node(4)]
     held = [Demand(1, 3), Demand(1, 3)]

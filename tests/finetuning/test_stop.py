@@ -85,8 +85,18 @@ def test_an_upload_that_does_not_end_in_time_is_refused_and_leaves_nothing(make_
                 said += chunk
     status, _, rest = said.partition(b"\r\n")
     assert status.startswith(b"HTTP/1.1 503 ")
-    assert json.loads(rest.partition(b"\r\n\r\n")[2])["error"]["code"] == "stopping"
+    assert json.loads(rest.partition(b"\r\n\r\n")[2])["error"]["code"] == "cut_off"
     assert stored(service) == set()
+
+
+def test_an_extraction_can_be_cancelled_and_asked_for_again(make_server, tmp_path: Path) -> None:
+    service: ServiceProcess = make_server()
+    body = {"fine_tuning_job_id": source(service, tmp_path / "adapter"), "adapter_version": "minimal"}
+    route = "/v1/finetune/extract_adapter"
+    run = service.http.post(route, json=body | {"wait": False}).json()["id"]
+    cancelled = service.http.post(f"/v1/fine_tuning/jobs/{run}/cancel")
+    assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
+    assert service.http.post(route, json=body | {"wait": False}).json()["id"] != run
 
 
 def test_a_log_that_is_followed_ends_with_the_service(make_server, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from fixtures_models import save_tiny_model
 from fixtures_training import run, train_spec, write_records
 
 from comps.tuning.data.batching import LengthGroupedSampler
-from comps.tuning.training.estimate import Estimate, step_work
+from comps.tuning.data.dataset import TokenRows
+from comps.tuning.data.tokenise import Row
+from comps.tuning.training.estimate import Estimate, packed_work, step_work
 
 
 def test_the_work_of_a_step_is_its_rows_padded_to_the_longest() -> None:
@@ -19,13 +21,37 @@ def test_the_work_of_a_step_is_its_rows_padded_to_the_longest() -> None:
     assert step_work([3, 5], [0, 1], 1, fixed_length=16) == [16, 16]
 
 
+def test_the_work_of_a_packed_step_is_its_tokens_and_the_common_ones_once_a_batch() -> None:
+    assert packed_work([3, 5, 2, 9, 1], [0, 1, 2, 3, 4], 2, common=1) == [7, 10, 1]
+    assert packed_work([3, 5, 4, 9], [0, 1, 2, 3], 4, common=2, batches_per_step=2) == [17]
+
+
+def test_what_all_rows_begin_with_is_found_and_never_longer_than_any() -> None:
+    def rows(*ids: list[int]) -> TokenRows:
+        return TokenRows.collect(Row(each, [True] * len(each)) for each in ids)
+
+    assert rows([1, 2, 3, 4], [1, 2, 5], [1, 2, 3]).common_beginning() == 2
+    assert rows([1, 2, 3], [4]).common_beginning() == 0
+    assert rows([1, 2]).common_beginning() == 2
+    # Every other row is not looked at, and is shorter than what the others have in common.
+    odd = rows(*([1, 2, 3, 4, 5] if number % 2 == 0 else [9] for number in range(1200)))
+    assert odd.common_beginning() == 1
+    work = packed_work(odd.lengths, list(LengthGroupedSampler(odd.lengths, 4, 0)), 4, odd.common_beginning())
+    assert min(work) >= 1
+
+
+@pytest.mark.parametrize("common", [None, 0, 20])
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("overhead", [0.0, 0.05])
-def test_after_a_tenth_the_estimate_is_right_within_a_fifth(seed: int, overhead: float) -> None:
-    """Rows of very different lengths, steps that vary by a fifth besides, a slow first step, pauses."""
+def test_after_a_tenth_the_estimate_is_right_within_a_fifth(
+    seed: int, overhead: float, common: int | None
+) -> None:
+    """Rows of very different lengths, steps that vary by a fifth besides, a slow first step, pauses; padded
+    (``None``) or packed."""
     random.seed(seed)
-    lengths = [min(512, int(random.lognormvariate(4, 0.8))) for _ in range(800)]
-    work = step_work(lengths, list(LengthGroupedSampler(lengths, 8, seed)), 8)
+    lengths = [20 + min(512, int(random.lognormvariate(4, 0.8))) for _ in range(800)]
+    order = list(LengthGroupedSampler(lengths, 8, seed))
+    work = step_work(lengths, order, 8) if common is None else packed_work(lengths, order, 8, common)
     seconds = [
         (overhead + tokens * 1e-4) * random.uniform(0.8, 1.2) + (3 if step == 0 else 0)
         for step, tokens in enumerate(work)

@@ -142,6 +142,26 @@ def test_rows_longer_than_the_window_of_attention_are_not_packed() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("setting", ["attention_chunk_size", "attn_temperature_tuning"])
+def test_attention_that_depends_on_places_in_the_batch_is_not_packed(setting: str) -> None:
+    model = tiny_model()
+    setattr(model.config, setting, 8)
+    assert not packs(model, 64)
+
+
+def test_a_model_that_fails_on_packed_batches_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    forward = model.forward
+
+    def strict(*, attention_mask: Tensor, **inputs: Tensor) -> object:
+        assert attention_mask.dim() == 2
+        return forward(attention_mask=attention_mask, **inputs)
+
+    monkeypatch.setattr(model, "forward", strict)
+    assert not packs(model, 64)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_model_that_leaks_between_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     norm = model.model.norm
@@ -188,6 +208,8 @@ def test_a_run_is_the_same_with_and_without_packing(
     packed = run(train_spec(tmp_path / "packed", model, data, **settings))
     monkeypatch.setattr("comps.tuning.training.trainer.packs", lambda model, longest: False)
     plain = run(train_spec(tmp_path / "plain", model, data, **settings))
+    assert not any("padded" in message for message in packed.messages)
+    assert any("batches are padded" in message for message in plain.messages)
     assert packed.losses == pytest.approx(plain.losses, rel=1e-5)
     assert [each for _, each in packed.series("valid_loss")] == pytest.approx(
         [each for _, each in plain.series("valid_loss")], rel=1e-5

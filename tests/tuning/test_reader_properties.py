@@ -212,6 +212,25 @@ def test_what_is_said_of_a_parquet_file_is_the_same_in_another_process(tmp_path:
         assert said[0] == said[1]
 
 
+def test_the_process_that_reads_parquet_has_no_secrets_and_not_all_the_time_of_the_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    spy = "import os, pathlib; pathlib.Path(__file__).with_name('seen').write_text(str(dict(os.environ)))"
+    (tmp_path / "sitecustomize.py").write_text(spy)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", "canary")
+    monkeypatch.setenv("FINETUNING_API_KEYS", "canary")
+    assert validate_safely(path, NAME, "pretraining").records == 1
+    seen = (tmp_path / "seen").read_text()
+    assert "ARROW_DEFAULT_MEMORY_POOL" in seen
+    assert "canary" not in seen
+    monkeypatch.setattr("comps.tuning.data.apart.LONGEST", 0.01)
+    with pytest.raises(DataError, match=r"takes longer than 0\.01 seconds to read"):
+        validate_safely(path, NAME, "pretraining")
+
+
 MEASURE = """
 import re, sys
 from pathlib import Path

@@ -130,6 +130,9 @@ class Cluster:
                 self._report("ready", "Ray answers")
             except (ClusterUnavailable, OSError) as error:
                 await self._not_ready(error)
+            except Exception:
+                # Without this loop no job would ever start; the log has the traceback, and it goes on.
+                logger.exception("a look at Ray failed")
             quick = self._head and not self.ready  # our own head is about to answer
             await asyncio.sleep(0.25 if quick else self.watch_interval)
 

@@ -73,9 +73,10 @@ class LocalHead:
 
     def find(self) -> str | None:
         """The dashboard's address of a head that an earlier service started and that still runs."""
-        if not self._record.exists():
+        try:
+            record: dict[str, Any] = json.loads(self._record.read_text())
+        except (FileNotFoundError, ValueError):  # a damaged one is as good as none
             return None
-        record: dict[str, Any] = json.loads(self._record.read_text())
         with contextlib.suppress(psutil.Error):  # there is none, or it is another user's
             if self._owns(psutil.Process(record["pid"])):
                 return str(record["dashboard"])

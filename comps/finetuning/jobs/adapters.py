@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
+from comps.finetuning.jobs.create import check_queue
 from comps.finetuning.jobs.find import find_base_model, find_job, find_model
 from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.states import ACTIVE, add_event
@@ -114,6 +115,7 @@ def create_extract(
         _source(session, settings, request, owner)  # could have been deleted since
         job = _known(session, "extract", source.id, version)
         if job is None:
+            check_queue(session, settings)
             job = _new_row(session, spec, source, version, request)
         same = ExtractSpec.model_validate(job.spec)
         if (same.config, same.form) != (config, form):
@@ -167,6 +169,8 @@ def create_merge(
         claim(session, repeat)
         _source(session, settings, request, owner)  # could have been deleted since
         known = _known(session, "merge", source.id, version)
+        if known is None:
+            check_queue(session, settings)
         job = known or _new_row(session, spec, source, version, request)
         keep(session, repeat, AdapterAnswer.of(job, request))
         return job

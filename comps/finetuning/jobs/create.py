@@ -111,7 +111,7 @@ def create_fine_tuning_job(
         find_data_file(session, training_file.id, owner, "training_file")
         _validation_file(session, request, owner)
         _checkpoint(session, request, base_model, lora, owner)
-        _check_queue(session, settings)
+        check_queue(session, settings)
         session.add(job)
         session.flush()
         add_event(session, job, f"Created fine-tuning job: {job_id}")
@@ -121,11 +121,12 @@ def create_fine_tuning_job(
     return job
 
 
-def _check_queue(session: Session, settings: Settings) -> None:
-    count = select(func.count()).where(JobRow.kind == "fine_tuning", JobRow.status.in_(ACTIVE))
+def check_queue(session: Session, settings: Settings) -> None:
+    """Raises :class:`QueueFull`."""
+    count = select(func.count()).where(JobRow.status.in_(ACTIVE))
     if (session.scalar(count) or 0) >= settings.max_queued_jobs:
         raise QueueFull(
-            f"{settings.max_queued_jobs} fine-tuning jobs have not ended, which is the limit "
+            f"{settings.max_queued_jobs} jobs have not ended, which is the limit "
             "(FINETUNING_MAX_QUEUED_JOBS); try again when one has, or cancel one."
         )
 

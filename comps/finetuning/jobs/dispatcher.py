@@ -125,9 +125,16 @@ class Dispatcher:
             query = select(JobRow).where(JobRow.status.in_(ACTIVE) | ended)
             return list(session.scalars(query.order_by(JobRow.priority.desc(), JobRow.sequence)))
 
+    def _awaits_verdict(self, job: JobRow) -> bool:
+        with self._database.reading() as session:
+            status = session.scalar(select(JobRow.status).where(JobRow.id == job.id))
+        return status == "validating_files"
+
     async def _validate(self, job: JobRow) -> None:
         try:
             async with self._validating:
+                if not await asyncio.to_thread(self._awaits_verdict, job):
+                    return  # it was cancelled, paused or deleted while it waited
                 verdict = await asyncio.to_thread(_verdict, job, self._secrets)
             failpoint("verdict-reached")
 

@@ -72,17 +72,19 @@ def _places(wanted: Demand, node: Node) -> int:
 def fits(wanted: Demand, nodes: list[Node], held: Iterable[Demand]) -> bool:
     """Whether ``wanted`` fits beside what is ``held`` by the jobs that run now.
 
-    Each worker lies on one node, so free cores here and there don't add up. Which node Ray has given a
-    worker is not asked: they are laid out anew, largest first, each on the node with the most free cores.
+    Each worker lies on one node, so free cores or GPUs here and there don't add up. Which node Ray has given
+    a worker is not asked: they are laid out anew, largest first, each on the node with the most free cores.
     """
     free = list(nodes)
     workers = [each for each in (*held, wanted) for _ in range(each.workers)]
-    for worker in sorted(workers, key=lambda each: each.cores, reverse=True):
-        index = max(range(len(free)), key=lambda i: free[i].cores, default=None)
-        if index is None or free[index].cores < worker.cores:
+    for worker in sorted(workers, key=lambda each: (each.gpus, each.cores), reverse=True):
+        able = [i for i, node in enumerate(free) if node.cores >= worker.cores and node.gpus >= worker.gpus]
+        if not able:
             return False
-        free[index] = replace(free[index], cores=free[index].cores - worker.cores)
-    return sum(each.gpus for each in workers) <= sum(node.gpus for node in nodes)
+        index = max(able, key=lambda i: free[i].cores)
+        node = free[index]
+        free[index] = replace(node, cores=node.cores - worker.cores, gpus=node.gpus - worker.gpus)
+    return True
 
 
 def held_by(job: JobRow) -> Demand:

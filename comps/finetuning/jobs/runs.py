@@ -100,7 +100,7 @@ class Runs:
         changes["cpus"] = wanted.workers * wanted.cores if wanted else None
         if not await self.change(job, lambda s, row: transition(s, row, "running", message, **changes)):
             if not job.attempt:  # nothing was ever run there, and the job may be deleted by now
-                await asyncio.to_thread(shutil.rmtree, path.parent)
+                await asyncio.to_thread(shutil.rmtree, path.parent, ignore_errors=True)
             return
         job.status = "running"
         # A single worker trains in the run's first process, several get one each from Ray Train.
@@ -255,18 +255,22 @@ class Runs:
                 await asyncio.to_thread(self._ask_to_stop, job)
             except OSError as error:  # a full disk; the others are still asked
                 logger.warning("the job %s cannot be asked to save: %s", job.id, error)
-        deadline = time.monotonic() + self._settings.stop_seconds
         training = [job for job in jobs if "step" in job.progress]
-        with contextlib.suppress(ClusterUnavailable):
-            while training and time.monotonic() < deadline:
-                training = [job for job in training if await self._lives(job)]
-                await asyncio.sleep(0.2)
+        with contextlib.suppress(ClusterUnavailable, TimeoutError):
+            async with asyncio.timeout(self._settings.stop_seconds):
+                while training:
+                    training = [job for job in training if await self._lives(job)]
+                    await asyncio.sleep(0.2)
         message = "The service stops; the job goes on at its next start"
         for job in jobs:
-            if (result := await self._catch_up(job)) is not None:
-                await self._finish(job, result)
-            elif job.status == "running":
-                await self.change(job, lambda session, row: _queue_again(session, row, message))
+            try:
+                if (result := await self._catch_up(job)) is not None:
+                    await self._finish(job, result)
+                elif job.status == "running":
+                    await self.change(job, lambda session, row: _queue_again(session, row, message))
+            except Exception:
+                # The others are still to be put back; the next start finds this one as it is.
+                logger.exception("the job %s could not be put back into the queue", job.id)
 
     async def _lives(self, job: JobRow) -> bool:
         """Whether Ray has processes of the job's newest attempt."""

@@ -19,7 +19,7 @@ from comps.finetuning.dependencies import (
 from comps.finetuning.jobs import control
 from comps.finetuning.jobs.create import create_fine_tuning_job
 from comps.finetuning.jobs.delete import delete_job
-from comps.finetuning.jobs.find import find_job, visible_jobs
+from comps.finetuning.jobs.find import find_job, find_run, visible_jobs
 from comps.finetuning.jobs.repeats import once
 from comps.finetuning.routes.pages import After, Limit, newest_first
 from comps.finetuning.schemas.job_object import FineTuningJob, JobDeleted, JobList
@@ -131,8 +131,9 @@ def cancel_job(
     settings: SettingsDep,
     session: SessionDep,
 ) -> FineTuningJob:
-    """Stop one job. Cancelling it again changes nothing; a job that has ended otherwise stays as it is."""
-    job = control.cancel(session, find_job(session, fine_tuning_job_id, owner))
+    """Stop one job, also an extraction or a merge. Cancelling it again changes nothing; a job that has ended
+    otherwise stays as it is."""
+    job = control.cancel(session, find_run(session, fine_tuning_job_id, owner))
     session.commit()
     request.app.state.dispatcher.wake()
     return FineTuningJob.of(job, settings)

@@ -58,14 +58,12 @@ class TokenRows(Dataset[dict[str, list[int]]]):
         return lengths
 
     def common_beginning(self, looked_at: int = 1000) -> int:
-        """How many tokens all rows begin with alike, told from ``looked_at`` of them."""
-        first, *others = (
-            self[index]["input_ids"] for index in range(0, len(self), len(self) // looked_at + 1)
-        )
-        common = len(first)
-        for ids in others:
-            while ids[:common] != first[:common]:
-                common -= 1
+        """How many tokens all rows begin with alike, as far as ``looked_at`` of them tell."""
+        common = min(self.lengths)  # at most, so that every row has them
+        first, *others = self._spans[:: len(self) // looked_at + 1, 0]
+        for start in others:
+            differs = self._ids[start : start + common] != self._ids[first : first + common]
+            common = int(differs.argmax()) if differs.any() else common
         return common
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenRows:

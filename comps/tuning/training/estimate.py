@@ -25,11 +25,13 @@ def step_work(
 
 
 def packed_work(
-    lengths: Sequence[int], order: Sequence[int], rows_per_step: int, common: int = 0
+    lengths: Sequence[int], order: Sequence[int], rows_per_step: int, common: int, batches_per_step: int = 1
 ) -> list[int]:
-    """As :func:`step_work`, without padding, and with the ``common`` first tokens of all rows once a step."""
+    """As :func:`step_work`, without padding, and with the ``common`` first tokens of all rows once in each of
+    the batches that make up a step."""
     own = np.asarray(lengths)[np.asarray(order)] - common
-    work: list[int] = (np.add.reduceat(own, np.arange(0, len(own), rows_per_step)) + common).tolist()
+    steps = np.add.reduceat(own, np.arange(0, len(own), rows_per_step))
+    work: list[int] = (steps + common * batches_per_step).tolist()
     return work
 
 

@@ -81,6 +81,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
     mark = time.monotonic()
     model = load_base_model(spec.base_model, device=spec.resources.device)
     loaded = time.monotonic()
+    _check_positions(model, data, events)
     model, space, controller = build_adapter(model, spec.lora)
     if events:
         _report_model(events, spec, model, space, loaded - mark, time.monotonic() - loaded)
@@ -229,6 +230,23 @@ def _report_model(
         f"{adapter}, {trainable:,} parameters, set up in {adapt:.2f} s",
         parameters=total - trainable, trainable_parameters=trainable, setup_seconds=round(adapt, 3),
     )  # fmt: skip
+
+
+def _check_positions(model: Any, data: TokenisedData, events: rundir.EventWriter | None) -> None:
+    """Rows longer than the model has positions: an error where it has a table of them, else a warning.
+
+    Raises :class:`TuningError`.
+    """
+    longest = max(max(rows.lengths) for rows in (data.train, data.validation) if rows)
+    known = getattr(model.config, "max_position_embeddings", None)
+    if known is None or longest <= known:
+        return
+    advice = f"rows have up to {longest} tokens, the base model knows {known} positions; set max_length"
+    tables = ("wpe", "embed_positions", "position_embeddings")
+    if any(name.rpartition(".")[2] in tables for name, _ in model.named_modules()):
+        raise TuningError(f"{advice} to {known} at most", param="Dataset.max_length")
+    if events:
+        events.write(f"{advice[0].upper()}{advice[1:]} if that was not intended", level="warn")
 
 
 def _last(history: list[dict[str, float]], key: str) -> float | None:

@@ -13,6 +13,7 @@ and nothing else may carry information from token to token. :func:`packs` finds 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,12 @@ from transformers.masking_utils import sdpa_mask
 
 from comps.tuning.data.masking import IGNORED
 
+log = logging.getLogger(__name__)
+
 NAME = "packed"  # of our attention, in transformers' registry
 _PROBE = 24  # tokens of the longest row that a model is tried with
+# Settings of attention that depends on places in the batch, or on lengths that a trial does not reach.
+_BY_PLACE = ("attention_chunk_size", "attn_temperature_tuning", "keep_window_size", "index_topk")
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,8 @@ def attend(
         return output, None
     if others.get("softcap") is not None or others.get("position_bias") is not None:
         raise NotImplementedError("attention with a cap on its scores, or a bias of its own")
+    if attention_mask is None or attention_mask.numel() != 1:
+        raise NotImplementedError("attention with a mask of its own")
     window = others.get("sliding_window")
     if window is not None and layout.mask.shape[1] > window:
         raise NotImplementedError("rows that are longer than the window of the model's attention")
@@ -139,8 +146,11 @@ def attend(
             rest = rest.index_select(1, layout.spread)
         return each[:, :, : layout.shared], rest.view(heads, layout.rows, -1, size).transpose(0, 1)
 
-    few = key.shape[1] != query.shape[1]
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": few}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type != "cpu":  # with a mask, other kernels are slow unless heads agree
+        key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+        groups = 1
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": groups > 1}
     (query_shared, query), (key_shared, key), (value_shared, value) = split(query), split(key), split(value)
     parts = []
     if layout.shared:
@@ -168,6 +178,8 @@ def packs(model: PreTrainedModel, max_length: int) -> bool:
     window = getattr(config, "sliding_window", None)
     if config._attn_implementation != "sdpa" or (window is not None and window < max_length):
         return False
+    if any(getattr(config, name, None) for name in _BY_PLACE):
+        return False
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(1000, config.vocab_size), (3, _PROBE), generator=generator)
     ids[:, : _PROBE // 3] = ids[0, : _PROBE // 3]
@@ -184,8 +196,11 @@ def packs(model: PreTrainedModel, max_length: int) -> bool:
             inputs = pack(batch)
             labels, counts = inputs.pop("labels")
             found = _losses(model(**inputs).logits[0], labels).repeat_interleave(counts)
-        except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
-            found = torch.full_like(expected, torch.nan)  # it takes no layout, or cannot work with one
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it takes no layout, or cannot work with one, for a reason of its own
+            log.info("batches are padded, since the model fails on a packed one: %r", error)
+            found = torch.full_like(expected, torch.nan)
     near = float(expected.std()) * (1e-3 if logits.dtype == torch.float32 else 0.1)
     if torch.allclose(found.sort().values, expected.sort().values, rtol=0, atol=near):
         return True

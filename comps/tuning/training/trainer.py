@@ -86,6 +86,7 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         order = LengthGroupedSampler(
             self.train_dataset.lengths, rows * args.gradient_accumulation_steps, args.seed, shuffle
         )
+        self._common = self.train_dataset.common_beginning()
         self._batches = RankBatches(order, rows, args.process_index, args.world_size)
         self.add_callback(_EpochSetter(self._batches))
 
@@ -94,7 +95,8 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         rows = self._batches.rows * self.args.gradient_accumulation_steps
         lengths, order = self.train_dataset.lengths, self._batches.order(epoch)
         if self.packed:
-            return packed_work(lengths, order, rows, self.train_dataset.common_beginning())
+            batches = self.args.world_size * self.args.gradient_accumulation_steps
+            return packed_work(lengths, order, rows, self._common, batches)
         return step_work(lengths, order, rows, self.data_collator.length or 0)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
