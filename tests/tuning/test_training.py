@@ -217,7 +217,9 @@ def test_a_model_that_is_nowhere_is_one_sentence(tmp_path: Path, data: Path) -> 
 def test_rows_longer_than_a_table_of_positions_are_refused(tmp_path: Path, family: str) -> None:
     model = save_tiny_model(tmp_path / "model", family)
     data = write_records(tmp_path / "records.json", [{"instruction": "x" * 2000, "output": "y"}] * 8)
-    spec = train_spec(tmp_path / "run", model, data, adapter=lora(family), max_length=4000)
+    spec = train_spec(
+        tmp_path / "run", model, data, adapter=lora(family), max_length=4000, max_source_length=4000
+    )
     with pytest.raises(TuningError, match=r"base model knows 512 positions; set max_length to 512 at most"):
         run(spec)
 
@@ -225,5 +227,7 @@ def test_rows_longer_than_a_table_of_positions_are_refused(tmp_path: Path, famil
 def test_rows_longer_than_rotary_positions_were_trained_for_are_warned_of(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     data = write_records(tmp_path / "records.json", [{"instruction": "x" * 2000, "output": "y"}] * 8)
-    done = run(train_spec(tmp_path / "run", model, data, max_length=4000, max_train_steps=1))
+    done = run(
+        train_spec(tmp_path / "run", model, data, max_length=4000, max_source_length=4000, max_train_steps=1)
+    )
     assert any("set max_length if that was not intended" in message for message in done.messages)
