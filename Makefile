@@ -58,7 +58,8 @@ DATA ?= examples/data/bookings_train.json
 bench: model
 	$(BIN)/python -m tests.benchmarks.startup --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.training --model $(MODEL) --data $(DATA)
-	$(BIN)/python -m tests.benchmarks.elastic_cost --model $(MODEL) --data $(DATA)
+	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
+	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
 
 check: setup
 	$(BIN)/ruff check .

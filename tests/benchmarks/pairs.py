@@ -1,8 +1,9 @@
-"""What elastic ranks cost: steps of NLS and of plain LoRA by turns in one process, on the same batches.
+"""Two ways to train, step by step by turns in one process, on the same batches.
 
-``python -m tests.benchmarks.elastic_cost --model DIR --data FILE``. Neighbours on the machine slow whole
-seconds down, so both sides do each batch right after each other, in an order that changes, and what is
-reported is the ratio of the two times: its median over the batches, and a 95 % interval of that median.
+``python -m tests.benchmarks.pairs elastic --model DIR --data FILE``: NLS against plain LoRA, both packed;
+``packing``: packed batches against padded ones, both NLS. Neighbours on the machine slow whole seconds down,
+so both sides do each batch right after each other, in an order that changes, and what is reported is the ratio
+of the two times: its median over the batches, and a 95 % interval of that median.
 """
 
 from __future__ import annotations
@@ -16,70 +17,88 @@ from pathlib import Path
 
 import torch
 
+from comps.tuning.data.batching import LengthGroupedSampler
 from comps.tuning.data.collate import Collator
 from comps.tuning.data.dataset import build_datasets
-from comps.tuning.elastic.model import ElasticController, build_adapter
+from comps.tuning.elastic.model import build_adapter
 from comps.tuning.elastic.sampler import sample
 from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.training.loss import labelled_only, mean_loss
+from comps.tuning.training.packing import pack, packed_loss, packs
 from tests.benchmarks.machine import Load, describe, sgemm
 from tests.benchmarks.train_once import spec
 
 ROWS, SEED, WARM_UP = 16, 42, 3
+# name -> (what is measured, what it is measured against), each the adapter and whether batches are packed
+COMPARISONS = {
+    "elastic": (("nls", True), ("lora", True)),
+    "packing": (("nls", True), ("nls", False)),
+}
 
 
 class Side:
     """One of the two trainings: a model, its optimizer, and the seconds of each of its steps."""
 
-    def __init__(self, arguments: argparse.Namespace, variant: str) -> None:
-        arguments.variant = variant
+    def __init__(self, arguments: argparse.Namespace, adapter: str, packed: bool) -> None:
+        arguments.variant = adapter
         run = spec(arguments, Path(tempfile.gettempdir()))
         base = load_base_model(run.base_model, device="cpu")
+        if packed and not packs(base, run.data.max_length):
+            raise SystemExit("this model's batches cannot be packed")
+        self.inputs, self.loss = (pack, packed_loss) if packed else (labelled_only, mean_loss)
         self.model, _, self.controller = build_adapter(base, run.lora)
         self.model.train()
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
         self.seconds: list[float] = []
+        self.name = f"{adapter}, {'packed' if packed else 'padded'}"
 
-    def step(self, batch: dict[str, torch.Tensor], number: int) -> None:
+    def step(self, batch: dict[str, torch.Tensor], number: int) -> float:
+        """Returns the loss."""
         began = time.perf_counter()
-        if isinstance(self.controller, ElasticController):
+        if self.controller is not None:
             self.controller.set(sample(self.controller.space, SEED, number))
-        inputs = labelled_only(batch)
-        mean_loss(self.model(**inputs), inputs["labels"]).backward()
+        inputs = self.inputs(batch)
+        labels = inputs.pop("labels")
+        loss = self.loss(self.model(**inputs), labels)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.seconds.append(time.perf_counter() - began)
+        return loss.item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("comparison", choices=list(COMPARISONS))
     parser.add_argument("--model", type=Path, required=True, help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, required=True, help="instruction records, Alpaca's fields")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    sides = {name: Side(arguments, name) for name in ("lora", "nls")}
+    sides = [Side(arguments, *each) for each in COMPARISONS[arguments.comparison]]
     run = spec(arguments, Path(tempfile.gettempdir()))
     tokenizer = load_tokenizer(run.base_model)
     rows = build_datasets(run.data, run.task, tokenizer, SEED).train
-    by_length = sorted(range(len(rows)), key=rows.lengths.__getitem__)
+    order = LengthGroupedSampler(rows.lengths, ROWS, SEED).rows()
     collate, chance = Collator(tokenizer.pad_token_id), random.Random(SEED)
     rate, load, began = sgemm(), Load(), time.process_time()
+    losses: list[list[float]] = [[], []]
     for number in range(WARM_UP + arguments.steps):
-        first = chance.randrange(len(rows) - ROWS)
-        batch = collate([rows[row] for row in by_length[first : first + ROWS]])
-        for name in chance.sample(sorted(sides), 2):
-            sides[name].step(batch, number)
+        batch = collate([rows[row] for row in order[number * ROWS : (number + 1) * ROWS]])
+        for side in chance.sample([0, 1], 2):
+            losses[side].append(sides[side].step(batch, number))
     others = load.others(time.process_time() - began)
-    lora, nls = (sides[name].seconds[WARM_UP:] for name in ("lora", "nls"))
-    ratios = [plain / elastic for plain, elastic in zip(lora, nls, strict=True)]
+    ours, theirs = (side.seconds[WARM_UP:] for side in sides)
+    ratios = [slow / quick for quick, slow in zip(ours, theirs, strict=True)]
     medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(2000))
     print(f"{describe()}; {arguments.steps} pairs of steps of {ROWS} rows")
-    print(f"plain LoRA {statistics.median(lora):.3f} s, NLS {statistics.median(nls):.3f} s a step (medians)")
+    for side, each in zip(sides, losses, strict=True):
+        seconds = statistics.median(side.seconds[WARM_UP:])
+        print(f"{side.name}: {seconds:.3f} s a step (median), loss of the last step {each[-1]:.4f}")
     print(
-        f"throughput of NLS against plain LoRA: {statistics.median(ratios):.3f} "
+        f"throughput of the first against the second: {statistics.median(ratios):.3f} "
         f"(95 % interval {medians[50]:.3f}-{medians[-51]:.3f})"
     )
     print(f"sgemm {rate:.0f} GFLOP/s; cores used by others {others:.2f}")
