@@ -2,8 +2,8 @@
 
 ``python -m tests.benchmarks.pairs elastic --model DIR --data FILE``: NLS against plain LoRA, both packed;
 ``packing``: packed batches against padded ones, both NLS. Neighbours on the machine slow whole seconds down,
-so both sides do each batch right after each other, in an order that changes, and what is reported is the ratio
-of the two times: its median over the batches, and a 95 % interval of that median.
+so both sides do each batch right after each other, in an order that changes, and what is reported is the
+ratio of the two times: its median over the batches, and a 95 % interval of that median.
 """
 
 from __future__ import annotations
