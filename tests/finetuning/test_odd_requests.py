@@ -82,9 +82,7 @@ def test_wrong_methods_are_405_and_head_is_get_without_a_body(server: ServicePro
     assert server.http.head("/v1/fine_tuning/jobs/none").status_code == 404
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/files/", "/v1/fine_tuning/jobs/", "//v1/files", "/v1/chat"]
-)
+@pytest.mark.parametrize("path", ["/v1", "/v1/files/", "/v1/fine_tuning/jobs/", "//v1/files", "/v1/chat"])
 def test_a_path_that_is_no_route_is_404_and_no_redirect(server: ServiceProcess, path: str) -> None:
     answer = httpx.get(f"{server.url}{path}")
     assert answer.status_code == 404

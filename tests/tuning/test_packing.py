@@ -142,6 +142,15 @@ def test_rows_longer_than_the_window_of_attention_are_not_packed() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_the_beginning_of_long_rows_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("comps.tuning.training.packing._LONGEST_SHARING", 7)
+    model = tiny_model()
+    rows = BATCHES["answers at the end"]
+    assert pack(padded(rows))["layout"].shared == 0
+    assert packs(model, 64)
+    assert_equal(model, rows)
+
+
 @pytest.mark.parametrize("setting", ["attention_chunk_size", "attn_temperature_tuning"])
 def test_attention_that_depends_on_places_in_the_batch_is_not_packed(setting: str) -> None:
     model = tiny_model()

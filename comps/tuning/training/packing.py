@@ -29,6 +29,9 @@ from comps.tuning.data.masking import IGNORED
 log = logging.getLogger(__name__)
 
 NAME = "packed"  # of our attention, in transformers' registry
+# Tokens of a batch's longest row, above which its beginning is not shared: attention would need a mask as
+# large as the square of that, for little that is saved.
+_LONGEST_SHARING = 4096
 _PROBE = 24  # tokens of the longest row that a model is tried with
 # Settings of attention that depends on places in the batch, or on lengths that a trial does not reach.
 _BY_PLACE = ("attention_chunk_size", "attn_temperature_tuning", "keep_window_size", "index_topk")
@@ -41,12 +44,12 @@ class Layout:
     ``spread`` and ``collect`` are ``None`` when all rests have the same length L; otherwise ``spread``
     ``[n * L]`` holds, for each place of the rests as a padded ``[n, L]``, the token that goes there (any one
     for padding), and ``collect`` ``[tokens]`` the place of each token. ``mask`` ``[L, shared + L]``: what a
-    row's tokens see.
+    row's tokens see; ``None`` when nothing is shared, so that it is what came before in the row.
     """
 
     shared: int
     rows: int
-    mask: Tensor
+    mask: Tensor | None
     spread: Tensor | None
     collect: Tensor | None
 
@@ -54,7 +57,9 @@ class Layout:
     def of(cls, shared: int, rests: Tensor) -> Layout:
         """``rests`` [n]: how many tokens each row has of its own, at least one."""
         rows, longest = len(rests), int(rests.max())
-        mask = torch.ones(longest, shared + longest, dtype=torch.bool, device=rests.device).tril(shared)
+        mask = None
+        if shared:
+            mask = torch.ones(longest, shared + longest, dtype=torch.bool, device=rests.device).tril(shared)
         if bool((rests == longest).all()):
             return cls(shared, rows, mask, None, None)
         place = torch.arange(longest, device=rests.device)
@@ -83,6 +88,8 @@ def pack(batch: dict[str, Tensor]) -> dict[str, Any]:
     needed = torch.where(learnt, places, 1).amax(1)
     same = (ids == ids[0]).all(0).cumprod(0).sum()
     shared = int(torch.minimum(same, needed.min() - 1))
+    if ids.shape[0] > 1 and int(needed.max()) > _LONGEST_SHARING:
+        shared = 0
     rests = needed - shared
     used = (places >= shared) & (places < needed[:, None])
 
@@ -134,9 +141,6 @@ def attend(
         raise NotImplementedError("attention with a cap on its scores, or a bias of its own")
     if attention_mask is None or attention_mask.numel() != 1:
         raise NotImplementedError("attention with a mask of its own")
-    window = others.get("sliding_window")
-    if window is not None and layout.mask.shape[1] > window:
-        raise NotImplementedError("rows that are longer than the window of the model's attention")
 
     def split(each: Tensor) -> tuple[Tensor, Tensor]:
         """``[1, heads, shared, size]``, and the rests as ``[n, heads, L, size]``."""
@@ -161,7 +165,9 @@ def attend(
         )
         key = torch.cat([key_shared.expand(layout.rows, -1, -1, -1), key], 2)
         value = torch.cat([value_shared.expand(layout.rows, -1, -1, -1), value], 2)
-    found = functional.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask, **options)
+    found = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=layout.mask, is_causal=layout.mask is None, **options
+    )
     found = found.transpose(0, 1).flatten(1, 2)
     parts.append(found if layout.collect is None else found.index_select(1, layout.collect))
     return torch.cat(parts, 1).transpose(0, 1)[None], None
