@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -78,12 +79,14 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(server: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     adapter = tmp_path_factory.mktemp("adapter")
     super_adapter(tiny_model(), lora(), adapter)
-    place = Place(server, adapter)
-    yield place
-    place.link.unlink()
+    # A service of its own: files of other tests have hostile names, too, by which they may be found.
+    with closing(ServiceProcess(tmp_path_factory.mktemp("service"))) as server:
+        place = Place(server, adapter)
+        yield place
+        place.link.unlink()
 
 
 @pytest.fixture(autouse=True)
