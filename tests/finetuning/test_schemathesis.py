@@ -101,7 +101,6 @@ def known(server: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> I
     known = Known(server, job_id)
     yield known
     known.session.close()
-    print("MADE", known.made)
 
 
 schema = schemathesis.openapi.from_path(SNAPSHOT).exclude(path=ALIASES)

@@ -69,8 +69,8 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(self, *, controller: ElasticController | None, shuffle: bool, **kwargs: Any) -> None:
-        model, rows = kwargs["model"].get_base_model(), kwargs["train_dataset"]
-        longest = max(max(each.lengths) for each in (rows, kwargs["eval_dataset"]) if each)
+        model, sets = kwargs["model"].get_base_model(), (kwargs["train_dataset"], kwargs["eval_dataset"])
+        longest = max(max(rows.lengths) for rows in sets if rows)
         # How a batch becomes the model's inputs, and their outputs a loss; without, the model has its own.
         self._inputs: Callable[[dict[str, torch.Tensor]], dict[str, Any]] | None = None
         loss: Callable[..., torch.Tensor] | None = None
