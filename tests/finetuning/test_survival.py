@@ -176,7 +176,7 @@ def test_a_stopped_service_saves_its_jobs_and_leaves_no_process(
 ) -> None:
     began = time.monotonic()
     assert service.stop() == 0
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
     assert local_head(service).processes() == []
     stopped = json.loads((directory_of(service, running) / "events.jsonl").read_text().splitlines()[-1])
     assert stopped["message"].startswith("Stopped on request after step")

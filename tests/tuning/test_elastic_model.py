@@ -111,13 +111,13 @@ def test_set_up_of_a_thirty_layer_model_takes_well_under_a_second():
     names = [
         name for name, m in tiny_model(num_hidden_layers=30).named_modules() if isinstance(m, torch.nn.Linear)
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     groups = [
         RankGroup(modules=("q_proj", "k_proj"), ranks=RANKS),
         RankGroup(modules=("up_proj",), ranks=RANKS),
     ]
     controller = make_elastic(model, SearchSpace.from_modules(groups, names))
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert len(controller.active) == 60
 
 

@@ -188,10 +188,10 @@ def test_an_absurd_name_is_refused_at_once(directory, node):
             node
         ),
     )
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(AdapterError):
         load_space(directory)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_an_adapter_without_a_space_is_no_super_adapter(directory):
