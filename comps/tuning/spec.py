@@ -116,6 +116,8 @@ class OptimizationSpec(Spec):
     weight_decay: float = Field(0, ge=0)
     optimizer: Optimizer = "adamw_torch"
     logging_steps: int = Field(10, ge=1)
+    # Of these the worker chooses the value, by the rules of comps.tuning.training.auto.
+    auto: tuple[Literal["learning_rate", "batch_size"], ...] = ()
     save_strategy: Literal["no", "epoch", "steps"] = "steps"
     save_steps: int | None = Field(None, ge=1)  # None: a tenth of the run
     save_total_limit: int | None = Field(None, ge=1)

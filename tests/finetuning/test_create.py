@@ -92,6 +92,14 @@ def test_the_row_says_what_the_request_asked_for(create: Any, settings: Settings
     assert job.warnings == []
 
 
+def test_auto_goes_to_the_run_and_into_the_answer(create: Any) -> None:
+    job = create(Training={"learning_rate": "auto"}, hyperparameters={"batch_size": "auto"})
+    assert sorted(spec_of(job).training.auto) == ["batch_size", "learning_rate"]
+    expected = {"n_epochs": 1, "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    assert job.hyperparameters == expected
+    assert spec_of(create()).training.auto == ()
+
+
 @pytest.mark.parametrize(
     ("block", "expected"),
     [

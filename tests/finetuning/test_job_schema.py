@@ -150,7 +150,14 @@ def test_the_value_of_an_unknown_key_is_kept_nowhere() -> None:
         ({"Dataset": {"padding_side": "top"}}, "Dataset.padding_side"),
         ({"Training": {"device": "hpu"}}, "Training.device"),
         ({"Training": {"epochs": float("inf")}}, "Training.epochs"),
+        ({"hyperparameters": {"batch_size": "Auto"}}, "hyperparameters.batch_size"),
+        ({"hyperparameters": {"learning_rate_multiplier": ""}}, "hyperparameters.learning_rate_multiplier"),
         ({"Training": {"learning_rate": "fast"}}, "Training.learning_rate"),
+        ({"Training": {"learning_rate": 0}}, "Training.learning_rate"),
+        ({"Training": {"batch_size": "automatic"}}, "Training.batch_size"),
+        ({"Training": {"batch_size": ["auto"]}}, "Training.batch_size"),
+        ({"Training": {"batch_size": True}}, "Training.batch_size"),
+        ({"Training": {"epochs": "auto"}}, "Training.epochs"),
         ({"Training": {"accelerate_mode": "FSDP"}}, "Training.accelerate_mode"),
         ({"Training": {"resources_per_worker": {"CPU": 0}}}, "Training.resources_per_worker.CPU"),
     ],
@@ -196,3 +203,37 @@ def test_hyperparameters_may_be_given_in_both_places_but_not_differ() -> None:
     with pytest.raises(InvalidRequest, match="give one of them") as caught:
         effective(with_batch(5))
     assert caught.value.param == "hyperparameters.batch_size"
+
+
+AUTO = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"Training": {"batch_size": "auto", "learning_rate": "auto"}},
+        {"hyperparameters": AUTO},
+        {"method": {"type": "supervised", "supervised": {"hyperparameters": AUTO}}},
+        {"hyperparameters": AUTO, "Training": {"batch_size": None, "learning_rate": "auto"}},
+    ],
+)
+def test_auto_in_either_form_is_left_to_the_run_and_answered_as_auto(body: dict[str, Any]) -> None:
+    request = parse(**body)
+    assert JobRequest.model_validate(request.model_dump(mode="json")) == request
+    values, warnings = effective(request)
+    assert values.answer() == {"n_epochs": 1, "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    assert sorted(values.spec_fields().pop("auto")) == ["batch_size", "learning_rate"]
+    assert warnings == []
+
+
+def test_a_number_comes_before_auto() -> None:
+    nested = {"type": "supervised", "supervised": {"hyperparameters": AUTO}}
+    values, warnings = effective(
+        parse(hyperparameters={"batch_size": 4}, method=nested, Training={"learning_rate": 1e-3})
+    )
+    assert (values.batch_size, values.learning_rate, warnings) == (4, 1e-3, [])
+    assert values.spec_fields() == {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "auto": []}
+
+    values, warnings = effective(parse(hyperparameters={"batch_size": 4}, Training={"batch_size": "auto"}))
+    assert values.batch_size == 4
+    assert warnings == ["Training.batch_size is overridden by hyperparameters.batch_size."]

@@ -101,14 +101,17 @@ def test_the_official_client_creates_lists_retrieves_and_cancels(
         base_url=f"{server.url}/v1", api_key="None", max_retries=0, _strict_response_validation=True
     )
     jobs = strict.fine_tuning.jobs
+    hyperparameters = {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": "auto"}
     made = [
         jobs.create(
             model="org/jobs", training_file=training_file, seed=3, suffix=f"n{n}", metadata={"run": "client"},
-            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         )
         for n in range(3)
     ]  # fmt: skip
     assert made[0].hyperparameters.n_epochs == 2
+    assert made[0].hyperparameters.batch_size == "auto"
+    assert jobs.retrieve(made[0].id).method.supervised.hyperparameters.learning_rate_multiplier == "auto"
     assert jobs.retrieve(made[0].id).id == made[0].id
     listed = [job.id for job in jobs.list(limit=2, extra_query={"metadata[run]": "client"})]
     assert listed == [job.id for job in reversed(made)]

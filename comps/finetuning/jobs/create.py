@@ -197,11 +197,9 @@ def _optimization(request: JobRequest, values: Effective) -> OptimizationSpec:
         fields["report_to"] = "wandb"
     seed = next((seed for seed in (request.seed, training.seed) if seed is not None), DEFAULT_SEED)
     return OptimizationSpec(
-        epochs=values.epochs,
-        batch_size=values.batch_size,
-        learning_rate=values.learning_rate,
         gradient_checkpointing=general.enable_gradient_checkpointing,
         seed=seed,
+        **values.spec_fields(),
         **fields,
     )
 

@@ -1,38 +1,29 @@
 """OpenAI's hyperparameters and method.
 
 ``n_epochs`` and ``batch_size`` override ``Training``; ``learning_rate_multiplier`` multiplies the default
-learning rate. ``"auto"`` leaves the value to ``Training``.
+learning rate. ``"auto"`` leaves the value to ``Training``; where that gives none either, the run chooses the
+batch size and the learning rate by the rules of ``comps.tuning.training.auto``.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import Field
 
-from comps.finetuning.schemas.tolerant import Count, Number, Tolerant, unused
+from comps.finetuning.schemas.tolerant import Auto, Number, Tolerant, or_auto, unused
+from comps.finetuning.schemas.training import BatchSize
 
-
-def _auto(value: object) -> object:
-    return None if value == "auto" else value
-
-
-def _auto_or(kind: str) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": kind}]})
+_Epochs = Annotated[Number, Field(gt=0, le=10_000)]
+_Multiplier = Annotated[Number, Field(gt=0, le=1e6)]
 
 
 class Hyperparameters(Tolerant):
-    """Each ``"auto"`` (None here) or a number."""
+    """Each ``"auto"`` or a number."""
 
-    n_epochs: Annotated[
-        Annotated[Number, Field(gt=0, le=10_000)] | None, BeforeValidator(_auto), _auto_or("number")
-    ] = None
-    batch_size: Annotated[
-        Annotated[Count, Field(le=65_536)] | None, BeforeValidator(_auto), _auto_or("integer")
-    ] = None
-    learning_rate_multiplier: Annotated[
-        Annotated[Number, Field(gt=0, le=1e6)] | None, BeforeValidator(_auto), _auto_or("number")
-    ] = None
+    n_epochs: Annotated[_Epochs | Auto, or_auto(_Epochs)] | None = None
+    batch_size: Annotated[BatchSize | Auto, or_auto(BatchSize)] | None = None
+    learning_rate_multiplier: Annotated[_Multiplier | Auto, or_auto(_Multiplier)] | None = None
 
 
 class Supervised(Tolerant):

@@ -14,9 +14,17 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    model_validator,
+)
 
 MAX_WARNINGS = 50
 # Why a field of a task that is not there yet is not used.
@@ -36,6 +44,14 @@ def no_boolean(value: object) -> object:
 Integer = Annotated[int, BeforeValidator(no_boolean), Field(le=2**31 - 1)]
 Count = Annotated[Integer, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(no_boolean), Field(allow_inf_nan=False)]
+Auto = Literal["auto"]
+
+
+def or_auto(numbers: Any) -> BeforeValidator:
+    """``"auto"`` as it is, anything else through ``numbers``: one fault with the field's own path, where a
+    plain union would name each of its members."""
+    adapter: TypeAdapter[Any] = TypeAdapter(numbers)
+    return BeforeValidator(lambda value: value if value == "auto" else adapter.validate_python(value))
 
 
 def unused(default: Any = None, *, because: str = "it has no effect here") -> Any:

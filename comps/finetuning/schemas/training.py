@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from comps.finetuning.schemas.tolerant import OTHER_TASK, Count, Integer, Number, Tolerant, no_boolean, unused
+from comps.finetuning.schemas.tolerant import (
+    OTHER_TASK,
+    Auto,
+    Count,
+    Integer,
+    Number,
+    Tolerant,
+    no_boolean,
+    or_auto,
+    unused,
+)
 from comps.tuning.spec import Optimizer, Scheduler
 
 MAX_SEED = 2**32 - 1  # what NumPy's generator takes
@@ -19,6 +29,8 @@ def _device(value: object) -> object:
 
 
 Device = Annotated[Literal["cpu", "cuda"], BeforeValidator(_device)]
+BatchSize = Annotated[Count, Field(le=65_536)]
+LearningRate = Annotated[Number, Field(gt=0)]
 Seed = Annotated[int, BeforeValidator(no_boolean), Field(ge=0, le=MAX_SEED)]
 
 
@@ -34,10 +46,14 @@ class TrainingBlock(Tolerant):
     """OPEA's block of the same name."""
 
     epochs: Annotated[Number, Field(gt=0, le=10_000)] = 1
-    batch_size: Annotated[Count, Field(le=65_536)] = Field(2, description="Rows per worker and micro-batch")
+    batch_size: Annotated[BatchSize | Auto, or_auto(BatchSize)] = Field(
+        2, description="Rows per worker and micro-batch; auto: from the number of rows and their length"
+    )
     gradient_accumulation_steps: Annotated[Count, Field(le=65_536)] = 1
     max_train_steps: Count | None = None
-    learning_rate: Annotated[Number, Field(gt=0)] = DEFAULT_LEARNING_RATE
+    learning_rate: Annotated[LearningRate | Auto, or_auto(LearningRate)] = Field(
+        DEFAULT_LEARNING_RATE, description="auto: from the width of the base model"
+    )
     lr_scheduler: Scheduler = "linear"
     warmup_steps: Annotated[Integer, Field(ge=0)] = 0
     weight_decay: Annotated[Number, Field(ge=0)] = 0

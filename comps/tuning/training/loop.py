@@ -28,7 +28,7 @@ from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.errors import TuningError
 from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.spec import TrainSpec
-from comps.tuning.training import checkpoints, facts
+from comps.tuning.training import auto, checkpoints, facts
 from comps.tuning.training.arguments import total_steps, training_arguments
 from comps.tuning.training.callbacks import (
     CheckpointPublisher,
@@ -82,8 +82,11 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
     model = load_base_model(spec.base_model, device=spec.resources.device)
     loaded = time.monotonic()
     _check_positions(model, data, events)
+    spec, notes = auto.resolve(spec, model.config, data.report.train_rows, data.report.train_tokens)
     model, space, controller = build_adapter(model, spec.lora)
     if events:
+        for level, note in notes:
+            events.write(note, level=level)
         _report_model(events, spec, model, space, loaded - mark, time.monotonic() - loaded)
 
     trainer = TuningTrainer(
