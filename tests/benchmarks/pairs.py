@@ -1,9 +1,10 @@
 """Two ways to train, step by step by turns in one process, on the same batches.
 
-``python -m tests.benchmarks.pairs elastic --model DIR --data FILE``: NLS against plain LoRA, both packed;
-``packing``: packed batches against padded ones, both NLS. Neighbours on the machine slow whole seconds down,
-so both sides do each batch right after each other, in an order that changes, and what is reported is the
-ratio of the two times: its median over the batches, and a 95 % interval of that median.
+``python -m tests.benchmarks.pairs elastic --model DIR --data FILE``: NLS against plain LoRA, both fused;
+``packing``: packed batches against padded ones; ``fusing``: fused layers against the model's own;
+``bf16``: products in bfloat16 against float32. Neighbours on the machine slow whole seconds
+down, so both sides do each batch right after each other, in an order that changes, and what is reported is
+the ratio of the two times: its median over the batches, and a 95 % interval of that median.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from comps.tuning.data.collate import Collator
 from comps.tuning.data.dataset import build_datasets
 from comps.tuning.elastic.model import build_adapter
 from comps.tuning.elastic.sampler import sample
+from comps.tuning.fused import fuse
 from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.training.loss import labelled_only, mean_loss
 from comps.tuning.training.packing import pack, packed_loss, packs
@@ -29,32 +31,41 @@ from tests.benchmarks.machine import Load, describe, sgemm
 from tests.benchmarks.train_once import spec
 
 ROWS, SEED, WARM_UP = 16, 42, 3
-# name -> (what is measured, what it is measured against), each the adapter and whether batches are packed
+# name -> (what is measured, what it is measured against), each the adapter and how it is computed
 COMPARISONS = {
-    "elastic": (("nls", True), ("lora", True)),
-    "packing": (("nls", True), ("nls", False)),
+    "elastic": (("nls", "fused"), ("lora", "fused")),
+    "packing": (("nls", "packed"), ("nls", "padded")),
+    "fusing": (("nls", "fused"), ("nls", "packed")),
+    "bf16": (("nls", "bf16"), ("nls", "fused")),
 }
 
 
 class Side:
     """One of the two trainings: a model, its optimizer, and the seconds of each of its steps."""
 
-    def __init__(self, arguments: argparse.Namespace, adapter: str, packed: bool) -> None:
+    def __init__(self, arguments: argparse.Namespace, adapter: str, way: str) -> None:
         arguments.variant = adapter
         run = spec(arguments, Path(tempfile.gettempdir()))
         base = load_base_model(run.base_model, device="cpu")
-        if packed and not packs(base, run.data.max_length):
-            raise SystemExit("this model's batches cannot be packed")
-        self.inputs, self.loss = (pack, packed_loss) if packed else (labelled_only, mean_loss)
         self.model, _, self.controller = build_adapter(base, run.lora)
+        self.inputs, self.loss = (pack, packed_loss) if way != "padded" else (labelled_only, mean_loss)
+        if way != "padded" and not packs(base, run.data.max_length):
+            raise SystemExit("this model's batches cannot be packed")
+        if way in ("fused", "bf16"):
+            fusion = fuse(base)
+            if not fusion.layers:
+                raise SystemExit("this model's layers cannot be fused")
+            self.loss = fusion.loss
+        self.precision = "bf16" if way == "bf16" else "ieee"
         self.model.train()
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
         self.seconds: list[float] = []
-        self.name = f"{adapter}, {'packed' if packed else 'padded'}"
+        self.name = f"{adapter}, {way}"
 
     def step(self, batch: dict[str, torch.Tensor], number: int) -> float:
         """Returns the loss."""
+        torch.backends.mkldnn.matmul.fp32_precision = self.precision
         began = time.perf_counter()
         if self.controller is not None:
             self.controller.set(sample(self.controller.space, SEED, number))
@@ -64,6 +75,7 @@ class Side:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
         self.seconds.append(time.perf_counter() - began)
         return loss.item()
 

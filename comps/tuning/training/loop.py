@@ -106,8 +106,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
     if events:
         for callback in (Progress(events, trainer.work), *trackers(spec)):
             trainer.add_callback(callback)
-        if not trainer.packed:
-            events.write("This architecture's batches are padded: its attention cannot do without")
+        events.write(trainer.describe())
         events.write(f"Set-up took {time.monotonic() - began:.1f} s; the first step follows")
     try:
         if resume is None or not _restore_finished(spec, trainer, resume, len(data.train)):

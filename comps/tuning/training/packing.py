@@ -186,13 +186,7 @@ def packs(model: PreTrainedModel, max_length: int) -> bool:
         return False
     if any(getattr(config, name, None) for name in _BY_PLACE):
         return False
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(1000, config.vocab_size), (3, _PROBE), generator=generator)
-    ids[:, : _PROBE // 3] = ids[0, : _PROBE // 3]
-    mask = torch.ones_like(ids)
-    mask[1, -3:] = 0
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, IGNORED)}
-    batch = {name: each.to(model.device) for name, each in batch.items()}
+    batch = trial_batch(model)
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         following = batch["labels"][:, 1:]
@@ -212,6 +206,17 @@ def packs(model: PreTrainedModel, max_length: int) -> bool:
         return True
     model.set_attn_implementation("sdpa")
     return False
+
+
+def trial_batch(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A small padded batch whose rows begin alike, to try a way of computing with."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(1000, model.config.vocab_size), (3, _PROBE), generator=generator)
+    ids[:, : _PROBE // 3] = ids[0, : _PROBE // 3]
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, IGNORED)}
+    return {name: each.to(model.device) for name, each in batch.items()}
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from comps.tuning.data.batching import LengthGroupedSampler
 from comps.tuning.elastic.model import ElasticController
+from comps.tuning.fused import Fusion, fuse
 from comps.tuning.training.estimate import packed_work, step_work
 from comps.tuning.training.loss import keeps_positions, labelled_only, mean_loss
 from comps.tuning.training.packing import pack, packed_loss, packs
@@ -65,23 +66,28 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
     """``train_dataset`` and ``eval_dataset`` are :class:`TokenRows`.
 
     ``controller``: the elastic ranks, or ``None``; validation runs at the maximal configuration.
-    ``packed``: whether the model takes batches without padding.
+    ``packed``: whether the model takes batches without padding; ``fusion``: what of it is fused then.
     """
 
     def __init__(self, *, controller: ElasticController | None, shuffle: bool, **kwargs: Any) -> None:
+        args: TrainingArguments = kwargs["args"]
         model, sets = kwargs["model"].get_base_model(), (kwargs["train_dataset"], kwargs["eval_dataset"])
+        model.eval()  # for the trials; PEFT's new adapters have their dropout on
         longest = max(max(rows.lengths) for rows in sets if rows)
         # How a batch becomes the model's inputs, and their outputs a loss; without, the model has its own.
         self._inputs: Callable[[dict[str, torch.Tensor]], dict[str, Any]] | None = None
         loss: Callable[..., torch.Tensor] | None = None
         self.packed = packs(model, longest)
+        self.fusion: Fusion | None = None
         if self.packed:
             self._inputs, loss = pack, packed_loss
+            if model.device.type == "cpu" and not (args.bf16 or args.fp16):
+                self.fusion = fuse(model)
+                loss = self.fusion.loss
         elif keeps_positions(model):
             self._inputs, loss = labelled_only, mean_loss
         super().__init__(compute_loss_func=loss, **kwargs)
         self._controller = controller
-        args = self.args
         rows = args.per_device_train_batch_size * args.world_size
         order = LengthGroupedSampler(
             self.train_dataset.lengths, rows * args.gradient_accumulation_steps, args.seed, shuffle
@@ -89,6 +95,17 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         self._common = self.train_dataset.common_beginning()
         self._batches = RankBatches(order, rows, args.process_index, args.world_size)
         self.add_callback(_EpochSetter(self._batches))
+
+    def describe(self) -> str:
+        """How batches are computed, in a sentence."""
+        if not self.packed:
+            return "This architecture's batches are padded: its attention cannot do without"
+        found = ["no padding, and what all rows of a batch begin with only once"]
+        if self.fusion and self.fusion.layers:
+            found.append(f"{self.fusion.layers} fused layers")
+        if self.fusion and self.fusion.head:
+            found.append("no logits but those of a few labels at a time")
+        return f"Computing with {'; '.join(found)}"
 
     def work(self, epoch: int) -> list[int]:
         """Tokens that each optimizer step of an epoch computes on."""

@@ -1,0 +1,89 @@
+"""Faster ways to compute what a model computes on packed batches, taken where they give the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from comps.tuning.fused.decoder import FusedDecoder
+from comps.tuning.fused.head import HeadLoss
+from comps.tuning.training.packing import pack, packed_loss, trial_batch
+from patches.transformers_layers import decoder_layers, output_head, replace_forward, restore_forward
+
+log = logging.getLogger(__name__)
+
+Loss = Callable[..., Tensor]
+# Of the loss, and of each gradient's norm; float32 sums in another order stay far below.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What has been fused: so many decoder layers; whether the output head is part of ``loss``, which takes
+    the place of :func:`packed_loss`."""
+
+    layers: int
+    head: bool
+    loss: Loss
+
+
+def fuse(model: PreTrainedModel) -> Fusion:
+    """Fuse what can be in ``model``, whose batches are packed, in evaluation mode.
+
+    Both parts are tried with a small batch, and given up if they give another loss or other gradients.
+    """
+    expected = _trial(model, packed_loss)
+    layers = [(layer, parts) for layer, parts in decoder_layers(model) if parts is not None]
+    for layer, parts in layers:
+        replace_forward(layer, FusedDecoder(parts))
+    if layers and not _same(expected, _trial(model, packed_loss)):
+        log.warning("the fused layers of this model do not give what its own give, and are not used")
+        for layer, _ in layers:
+            restore_forward(layer)
+        layers = []
+    head = output_head(model)
+    if head is None:
+        return Fusion(len(layers), False, packed_loss)
+    loss = HeadLoss(head)
+    replace_forward(head, _as_it_is)
+    if _same(expected, _trial(model, loss)):
+        return Fusion(len(layers), True, loss)
+    restore_forward(head)  # something follows the head: a factor, or a cap on the logits
+    return Fusion(len(layers), False, packed_loss)
+
+
+def _as_it_is(own: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _trial(model: PreTrainedModel, loss: Loss) -> list[Tensor] | None:
+    """The loss and all gradients; ``None`` when it fails."""
+    inputs: dict[str, Any] = pack(trial_batch(model))
+    labels = inputs.pop("labels")
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        found = loss(model(**inputs), labels)
+        return [
+            found.detach(),
+            *torch.autograd.grad(found, weights, allow_unused=True, materialize_grads=True),
+        ]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever an unknown model does with what it gets
+        log.warning("a faster way to compute failed with this model, and is not used", exc_info=True)
+        return None
+
+
+def _same(expected: list[Tensor] | None, found: list[Tensor] | None) -> bool:
+    if expected is None or found is None:
+        return False
+    return all(
+        float((mine - own).norm()) <= _TOLERANCE * float(own.norm()) + 1e-12
+        for own, mine in zip(expected, found, strict=True)
+    )
