@@ -7,6 +7,7 @@ from typing import get_args
 
 import peft
 import pytest
+import torch
 from fixtures_elastic import lora
 from fixtures_models import save_tiny_model
 from fixtures_training import Run, assert_same_weights, run, train_spec, write_records
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from comps.tuning.errors import AdapterError, DataError, ModelError, TuningError
 from comps.tuning.rundir import OUTPUT, REPORTS, STOP
 from comps.tuning.spec import LoraSpec, ModelSpec, OptimizationSpec, Optimizer, Scheduler
+from comps.tuning.training import precision
 from comps.tuning.training.arguments import total_steps
 
 PLAIN = LoraSpec(r=4, dropout=0, target_modules=("q_proj", "v_proj"))
@@ -200,11 +202,26 @@ def test_a_damaged_data_set_is_one_sentence(tmp_path: Path, model: Path) -> None
         run(train_spec(tmp_path / "run", model, damaged))
 
 
-def test_bf16_trains(tmp_path: Path, model: Path, data: Path) -> None:
-    spec = train_spec(
-        tmp_path, model, data, adapter=lora(dropout=0.1), mixed_precision="bf16", max_train_steps=3
-    )
-    assert len(run(spec).losses) == 3
+def test_bf16_is_used_where_the_cpu_has_it_and_said(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(name: str, mixed_precision: str) -> tuple[list[float], str, list[str]]:
+        spec = train_spec(tmp_path / name, model, data, mixed_precision=mixed_precision, max_train_steps=3)
+        done = run(spec)
+        return done.losses, torch.backends.mkldnn.matmul.fp32_precision, done.messages
+
+    exact, setting, _ = losses("exact", "no")
+    assert setting == "ieee"
+    monkeypatch.setattr(precision, "native_bf16", lambda: "amx_bf16")
+    found, setting, messages = losses("native", "bf16")
+    assert setting == "bf16"
+    assert found == pytest.approx(exact, rel=1e-2)
+    assert any("in bf16 (amx_bf16)" in message for message in messages)
+    monkeypatch.setattr(precision, "native_bf16", lambda: None)
+    found, setting, messages = losses("foreign", "bf16")
+    assert setting == "ieee"
+    assert found == exact
+    assert any("training is in float32" in message for message in messages)
 
 
 def test_a_model_that_is_nowhere_is_one_sentence(tmp_path: Path, data: Path) -> None:

@@ -14,6 +14,7 @@ only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from comps.tuning.fused.attention import Heads, attention, fits
 from comps.tuning.fused.projections import Projections, restored, saved
-from comps.tuning.training.packing import attend
+from comps.tuning.training.packing import Layout, attend
 from patches.transformers_layers import DecoderParts
 
 
@@ -47,21 +48,27 @@ class FusedDecoder:
         *args: Any,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        layout: Any = None,
+        layout: Layout | None = None,
         **others: Any,
     ) -> Tensor:
-        """``hidden_states`` [1, tokens, hidden] of a packed batch; anything else is the layer's own
-        affair."""
-        if layout is None or args or position_embeddings is None:
-            if layout is not None:
-                others["layout"] = layout
+        """``hidden_states`` [1, tokens, hidden] of a packed batch; what is none is the layer's own affair."""
+        if layout is None or position_embeddings is None:
             return own(
                 hidden_states, *args, attention_mask=attention_mask, position_embeddings=position_embeddings,
                 **others,
             )  # fmt: skip
+        compute = partial(self._compute, attention_mask, *position_embeddings, layout)
+        layer: Any = own.__self__  # type: ignore[attr-defined]
+        if layer.training and layer.gradient_checkpointing:
+            output: Tensor = layer._gradient_checkpointing_func(compute, hidden_states)
+            return output
+        return compute(hidden_states)
+
+    def _compute(
+        self, attention_mask: Tensor | None, cos: Tensor, sin: Tensor, layout: Layout, hidden_states: Tensor
+    ) -> Tensor:
         training = self._attention.training
-        cos, sin = (each[0] for each in position_embeddings)
-        x = hidden_states[0]
+        x, cos, sin = hidden_states[0], cos[0], sin[0]
         projected = _Inputs.apply(x, cos, sin, self, training, *self.inputs.parameters)  # type: ignore[no-untyped-call]
         dropout = getattr(self._attention, "attention_dropout", 0.0) if training else 0.0
         if not dropout and fits(layout, len(x), self.heads):

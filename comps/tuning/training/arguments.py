@@ -60,7 +60,7 @@ def training_arguments(spec: TrainSpec, scratch: Path, rows: int, validate: bool
         eval_steps=interval,
         activation_checkpointing=training.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
-        bf16=training.mixed_precision == "bf16",
+        bf16=training.mixed_precision == "bf16" and spec.resources.device != "cpu",  # there see precision
         fp16=training.mixed_precision == "fp16",
         use_cpu=spec.resources.device == "cpu",
         ddp_backend="gloo" if distributed and spec.resources.device == "cpu" else None,

@@ -47,7 +47,7 @@ class Estimate:
     def __init__(self, work: Callable[[int], Sequence[float]], steps: int, pause_every: int) -> None:
         self._work, self._steps, self._pause_every = work, steps, pause_every
         self._epoch = -1
-        self._done = _Line()
+        self._done = Line()
         self._first: tuple[float, float] | None = None
         self._pauses, self._paused = 0, 0.0
 
@@ -100,7 +100,7 @@ class Estimate:
         return (step - 1) % len(self._now)
 
 
-class _Line:
+class Line:
     """A straight line through points, by least squares (Welford's running means), with neither a fixed part
     nor a slope below 0."""
 

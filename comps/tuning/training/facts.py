@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import comps
+from comps.tuning.training import precision
 
 
 def versions() -> dict[str, str]:
@@ -51,4 +52,5 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": precision.native_bf16(),
     }

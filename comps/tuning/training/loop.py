@@ -28,7 +28,7 @@ from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.errors import TuningError
 from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.spec import TrainSpec
-from comps.tuning.training import auto, checkpoints, facts
+from comps.tuning.training import auto, checkpoints, facts, precision
 from comps.tuning.training.arguments import total_steps, training_arguments
 from comps.tuning.training.callbacks import (
     CheckpointPublisher,
@@ -37,6 +37,7 @@ from comps.tuning.training.callbacks import (
     StopOnRequest,
     Stopped,
 )
+from comps.tuning.training.cost import predict
 from comps.tuning.training.finish import write_output
 from comps.tuning.training.trackers import trackers
 from comps.tuning.training.trainer import TuningTrainer
@@ -103,10 +104,19 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
         shuffle=spec.data.shuffle,
         callbacks=_callbacks(spec, controller, events, output),
     )
+    said = precision.use(spec.training.mixed_precision) if spec.resources.device == "cpu" else None
+    cost = predict(trainer, spec) if spec.resources.device == "cpu" else None
     if events:
+        if said:
+            events.write(said, level="info" if precision.native_bf16() else "warn")
         for callback in (Progress(events, trainer.work), *trackers(spec)):
             trainer.add_callback(callback)
         events.write(trainer.describe())
+        if cost:
+            events.write(
+                cost.describe(), level="warn" if cost.checkpointing else "info",
+                steps=cost.steps, tokens=cost.tokens, seconds=round(cost.seconds, 1), memory=cost.memory,
+            )  # fmt: skip
         events.write(f"Set-up took {time.monotonic() - began:.1f} s; the first step follows")
     try:
         if resume is None or not _restore_finished(spec, trainer, resume, len(data.train)):

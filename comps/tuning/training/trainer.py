@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -115,6 +116,37 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
             batches = self.args.world_size * self.args.gradient_accumulation_steps
             return packed_work(lengths, order, rows, self._common, batches)
         return step_work(lengths, order, rows, self.data_collator.length or 0)
+
+    def micro_batches(self) -> list[list[int]]:
+        """The rows of this worker's micro-batches in the first epoch."""
+        self._batches.set_epoch(0)
+        return list(self._batches)
+
+    def batch_work(self, rows: list[int]) -> int:
+        """Tokens that one micro-batch computes on."""
+        lengths: list[int] = [self.train_dataset.lengths[row] for row in rows]
+        if self.packed:
+            return sum(lengths) - int(self._common) * (len(rows) - 1)
+        longest: int = max(*lengths, self.data_collator.length or 0)
+        return longest * len(rows)
+
+    def try_batch(self, rows: list[int]) -> float:
+        """Forward and backward on a micro-batch without a consequence; its seconds."""
+        began = time.perf_counter()
+        self.model.train()
+        batch = self.data_collator([self.train_dataset[row] for row in rows])
+        batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, batch)
+        loss.backward()
+        self.model.zero_grad()
+        return time.perf_counter() - began
+
+    def recompute_activations(self) -> None:
+        """Turn gradient checkpointing on."""
+        self.args.activation_checkpointing = True
+        self.args.activation_checkpointing_kwargs = {"use_reentrant": False}
+        self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)

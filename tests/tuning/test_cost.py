@@ -1,0 +1,96 @@
+"""What a run says that it will cost, and what it does when that is too much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fixtures_models import save_tiny_model
+from fixtures_training import Run, assert_same_weights, run, train_spec, write_records
+
+from comps.tuning.errors import TuningError
+from comps.tuning.training import cost
+
+SETTINGS = {"batch_size": 8, "epochs": 2, "mask_input": False, "validation_split_percentage": 10}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    # Large enough that a batch's activations are much of the process.
+    return save_tiny_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    records = [
+        {"instruction": f"say {number}", "output": " ".join(["word"] * (12 + number % 3))}
+        for number in range(30)
+    ]
+    return write_records(tmp_path / "records.json", records)
+
+
+def said(done: Run) -> dict[str, float]:
+    (event,) = (event for event in done.events if event["message"].startswith("The whole run"))
+    return dict(event["data"])
+
+
+def test_steps_tokens_time_and_memory_are_told_before_the_first_step(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    done = run(train_spec(tmp_path / "run", model, data, **SETTINGS))
+    assert done.result is not None
+    facts = said(done)
+    assert facts["steps"] == done.result["steps"] == 8
+    assert facts["tokens"] == done.result["trained_tokens"]
+    messages = done.messages
+    assert messages.index(
+        next(each for each in messages if each.startswith("The whole run"))
+    ) < messages.index(next(each for each in messages if each.startswith("First step done")))
+    # How near the seconds come is the benchmarks' business; but they are no guess.
+    assert 0 < facts["seconds"] < 20 * done.result["seconds"]
+    assert 100e6 < facts["memory"] < 20e9
+
+
+def test_the_trial_leaves_the_run_as_it_would_be_without(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS | {"max_train_steps": 3}
+    with_trial = run(train_spec(tmp_path / "with", model, data, **settings))
+    monkeypatch.setattr("comps.tuning.training.loop.predict", lambda trainer, spec: None)
+    without = run(train_spec(tmp_path / "without", model, data, **settings))
+    assert with_trial.losses == without.losses
+    assert_same_weights(with_trial, without)
+
+
+def test_gradient_checkpointing_comes_on_when_memory_asks_for_it(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial, grown = cost._Trial, list[int]()
+
+    class Recorded(trial):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            grown.append(self.grown)
+
+    monkeypatch.setattr(cost, "_Trial", Recorded)
+    plain = run(train_spec(tmp_path / "plain", model, data, **SETTINGS))
+    assert "gradient checkpointing" not in " ".join(plain.messages)
+    # Room for most of what the first trial took.
+    monkeypatch.setattr(cost, "available_memory", lambda: grown[0])
+    small = run(train_spec(tmp_path / "small", model, data, **SETTINGS))
+    assert "with gradient checkpointing, which the memory asks for" in " ".join(small.messages)
+    assert grown[4] < 0.6 * grown[3], "the same batch, without and with checkpointing"
+    assert small.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "available_memory", lambda: -(10**9))
+    with pytest.raises(TuningError, match="smaller batch_size") as raised:
+        run(train_spec(tmp_path / "run", model, data, **SETTINGS))
+    assert raised.value.param == "Training.batch_size"
+
+
+def test_available_memory_is_that_of_the_machine_at_most() -> None:
+    assert 0 < cost.available_memory() < 2**50
