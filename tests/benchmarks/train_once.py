@@ -1,8 +1,9 @@
 """One training run in a process of its own; prints one line of JSON. Called by ``training.py``.
 
-Variants: ``nls`` and ``lora`` are ours. ``stock`` is transformers' Trainer with PEFT's LoRA as the
-original stack runs it: dynamic padding, random batches, gradient checkpointing, loss on every token.
-``stock_grouped`` is the best of stock: batches by length, no checkpointing, loss on the answers.
+Variants: ``nls`` and ``lora`` are ours, ``nls_all`` with its loss on every token, ``nls_bf16`` with products
+in bfloat16. ``stock`` is transformers' Trainer with PEFT's LoRA as the original stack runs it: dynamic padding,
+random batches, gradient checkpointing, loss on every token. ``stock_grouped`` is the best of stock: batches by
+length, no checkpointing, loss on the answers. All train on the same rows, once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from comps.tuning.spec import (
 
 MODULES = [("q_proj", "k_proj", "v_proj"), ("up_proj",), ("down_proj",)]
 WARM_UP = 2  # steps that are not measured
+ROWS = 16  # of a step
+EVERY_TOKEN = ("stock", "nls_all")
 
 
 def spec(arguments: argparse.Namespace, directory: Path) -> TrainSpec:
@@ -43,24 +46,34 @@ def spec(arguments: argparse.Namespace, directory: Path) -> TrainSpec:
             alpha=32,
             dropout=0,
             target_modules=targets,
-            groups=groups if arguments.variant == "nls" else (),
+            groups=groups if arguments.variant.startswith("nls") else (),
         ),
         data=DataSpec(
             train_file=arguments.data,
             max_length=256,
             validation_split_percentage=0,
-            mask_input=arguments.variant != "stock",
-            mask_response=arguments.variant != "stock",
+            mask_input=arguments.variant not in EVERY_TOKEN,
+            mask_response=arguments.variant not in EVERY_TOKEN,
         ),
         training=OptimizationSpec(
             batch_size=16,
             learning_rate=1e-4,
-            max_train_steps=arguments.steps,
+            mixed_precision="bf16" if arguments.variant == "nls_bf16" else "no",
             logging_steps=1,
             save_strategy="no",
         ),
         resources=ResourcesSpec(cpus=arguments.threads),
     )
+
+
+def first_rows(data: Path, count: int, directory: Path) -> Path:
+    """A file of the first ``count`` records in ``data``."""
+    records = json.loads(data.read_text())[:count]
+    if len(records) < count:
+        raise SystemExit(f"{data} has {len(records)} records only; {count} are needed")
+    file = directory / "rows.json"
+    file.write_text(json.dumps(records))
+    return file
 
 
 def ours(spec: TrainSpec) -> list[tuple[float, int, float]]:
@@ -105,7 +118,7 @@ def stock(spec: TrainSpec, grouped: bool) -> list[tuple[float, int, float]]:
         model=peft.get_peft_model(model, config),
         args=TrainingArguments(
             output_dir=str(spec.directory), per_device_train_batch_size=16, learning_rate=1e-4,
-            max_steps=spec.training.max_train_steps, logging_steps=1, save_strategy="no", report_to="none",
+            num_train_epochs=1, logging_steps=1, save_strategy="no", report_to="none",
             use_cpu=True, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
             include_num_input_tokens_seen="non_padding",
             activation_checkpointing=not grouped,
@@ -121,14 +134,15 @@ def stock(spec: TrainSpec, grouped: bool) -> list[tuple[float, int, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("variant", choices=["nls", "lora", "stock", "stock_grouped"])
+    parser.add_argument("variant", choices=["nls", "nls_all", "nls_bf16", "lora", "stock", "stock_grouped"])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        run = spec(arguments, Path(directory))
+        arguments.data = first_rows(arguments.data, ROWS * arguments.steps, Path(directory))
+        run = spec(arguments, Path(directory) / "run")
         if arguments.variant.startswith("stock"):
             marks = stock(run, grouped=arguments.variant == "stock_grouped")
         else:
@@ -136,10 +150,10 @@ def main() -> None:
     seconds = marks[-1][0] - marks[WARM_UP - 1][0]
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result = {
-        "samples_per_second": 16 * (len(marks) - WARM_UP) / seconds,
+        "samples_per_second": ROWS * (len(marks) - WARM_UP) / seconds,
         "tokens_per_second": (marks[-1][1] - marks[WARM_UP - 1][1]) / seconds,
         "peak_gb": usage.ru_maxrss / 2**20,
-        "loss": sum(mark[2] for mark in marks[-5:]) / len(marks[-5:]),
+        "loss": sum(mark[2] for mark in marks) / len(marks),
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
     }
     json.dump(result, sys.stdout)

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.benchmarks.machine import Load, describe, sgemm
 
-VARIANTS = ("stock", "stock_grouped", "lora", "nls")
+VARIANTS = ("stock", "stock_grouped", "lora", "nls", "nls_all", "nls_bf16")
 
 
 def once(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, required=True, help="instruction records, Alpaca's fields")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
