@@ -1,9 +1,9 @@
 """One training run in a process of its own; prints one line of JSON. Called by ``training.py``.
 
 Variants: ``nls`` and ``lora`` are ours, ``nls_all`` with its loss on every token, ``nls_bf16`` with products
-in bfloat16. ``stock`` is transformers' Trainer with PEFT's LoRA as the original stack runs it: dynamic padding,
-random batches, gradient checkpointing, loss on every token. ``stock_grouped`` is the best of stock: batches by
-length, no checkpointing, loss on the answers. All train on the same rows, once.
+in bfloat16. ``stock`` is transformers' Trainer with PEFT's LoRA as the original stack runs it: dynamic
+padding, random batches, gradient checkpointing, loss on every token. ``stock_grouped`` is the best of stock:
+batches by length, no checkpointing, loss on the answers. All train on the same rows, once.
 """
 
 from __future__ import annotations

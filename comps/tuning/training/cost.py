@@ -1,9 +1,9 @@
-"""What a run will cost, from a few of its batches before its first step; and whether it fits into memory."""
+"""What a run will cost, from trying one of its batches before its first step; whether it fits into memory."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,49 +41,52 @@ class Cost:
         recompute = ", with gradient checkpointing, which the memory asks for" if self.checkpointing else ""
         return (
             f"The whole run: {self.steps} steps, {self.tokens:,} tokens, about {time} and "
-            f"{self.memory / 1e9:.1f} GB of memory{recompute} (measured on three of its batches)"
+            f"{self.memory / 1e9:.1f} GB of memory{recompute} (tried with one of its batches)"
         )
 
 
-def predict(trainer: TuningTrainer, spec: TrainSpec, available: Callable[[], int] | None = None) -> Cost:
-    """Train on three micro-batches of the first epoch, two middling ones and the largest, and forget them.
+def predict(trainer: TuningTrainer, spec: TrainSpec) -> Cost:
+    """Train on a single row and on the middling micro-batch of the first epoch, and forget them.
 
-    Neither weights nor random numbers change. When the largest would not fit into the memory that is
-    ``available`` (bytes), gradient checkpointing is turned on; with several workers it is left to the asker.
+    Neither weights nor random numbers change. Time is taken to grow by a straight line with the tokens,
+    memory in proportion. When the largest micro-batch would not fit into the memory that is free, gradient
+    checkpointing is turned on; with several workers, who share a machine or don't, that is left to the
+    asker.
 
     Raises :class:`TuningError` when even that will not do.
     """
     batches = sorted(trainer.micro_batches(), key=trainer.batch_work)
     middle, largest = batches[len(batches) // 2], batches[-1]
     growth = trainer.batch_work(largest) / trainer.batch_work(middle)
-    free = (available or available_memory)() * _USABLE
+    free = available_memory() * _USABLE
     checkpointing = False
     with torch.random.fork_rng(devices=[]):
-        first = _Trial(trainer, middle)
-        if first.grown * growth > free and spec.resources.num_workers == 1:
+        single = [trainer.try_batch(middle[:1]) for _ in range(2)][1]  # the first also loads kernels
+        trial = _Trial(trainer, middle)
+        if trial.grown * growth > free and spec.resources.num_workers == 1:
             if not spec.training.gradient_checkpointing:
                 checkpointing = True
                 trainer.recompute_activations()
-                first = _Trial(trainer, middle)
-            if first.grown * growth > free:
-                needed = first.grown * growth
+                trial = _Trial(trainer, middle)
+            if (needed := trial.grown * growth) > free:
                 raise TuningError(
                     f"this run needs about {needed / 1e9:.1f} GB more memory for its largest batch of "
                     f"{len(largest)} rows, even with gradient checkpointing; {free / 1e9:.1f} GB are free. "
                     "Ask for a smaller batch_size (with more gradient_accumulation_steps) or max_length",
                     param="Training.batch_size",
                 )
-        trials = [_Trial(trainer, middle), _Trial(trainer, largest)]
     line = Line()
-    for rows, trial in zip((middle, largest), trials, strict=True):
-        line.add(trainer.batch_work(rows), trial.seconds)
+    line.add(trainer.batch_work(middle[:1]), single)
+    if len(middle) > 1:
+        line.add(trainer.batch_work(middle), trial.seconds)
     fixed, rate = line.fit()
-    steps = total_steps(spec, len(trainer.train_dataset))
-    of_epoch = sum(fixed + rate * trainer.batch_work(rows) for rows in batches)
+    rows = len(trainer.train_dataset)
+    steps = total_steps(spec, rows)
     epochs = steps * spec.training.gradient_accumulation_steps / len(batches)
-    seconds = of_epoch * epochs
-    if trainer.eval_dataset and spec.training.save_strategy != "epoch":
-        often = -(-steps // save_interval(spec, len(trainer.train_dataset)))
+    seconds = epochs * sum(fixed + rate * trainer.batch_work(batch) for batch in batches)
+    if trainer.eval_dataset:
+        by_epoch = spec.training.save_strategy == "epoch"
+        often = math.ceil(epochs if by_epoch else steps / save_interval(spec, rows))
         tokens = sum(trainer.eval_dataset.lengths) / spec.resources.num_workers
         seconds += often * tokens * rate * _FORWARD_SHARE
     state = 8 * sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
@@ -91,7 +94,7 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, available: Callable[[], int
         steps=steps,
         tokens=round(sum(trainer.train_dataset.lengths) * epochs),
         seconds=seconds,
-        memory=max(trial.peak for trial in (first, *trials)) + state,
+        memory=round(trial.peak + trial.grown * (growth - 1) + state),
         checkpointing=checkpointing,
     )
 
