@@ -1,12 +1,12 @@
 """The parts of decoder layers that transformers' Llama and its like are made of, for a fused forward.
 
 What:     takes a decoder layer apart into frozen linears, PEFT's adapters on them, norms and sizes, and
-          lets a
-          function stand in for its ``forward``.
+          lets a function stand in for its ``forward``.
 Why:      run module by module, a LoRA step spends a third of its time outside of matrix products.
 Seam:     the attribute names of :data:`LAYERS` (``self_attn.q_proj``, ``mlp.gate_proj``, ...);
           ``base_layer``, ``lora_A``, ``lora_B``, ``scaling``, ``lora_dropout``, ``lora_variant`` of PEFT's
-          layers; a ``forward`` set on the instance, which ``nn.Module`` looks up first. No class is
+          layers; a ``forward`` set on the instance, which ``nn.Module`` looks up first;
+          ``gradient_checkpointing`` and ``_gradient_checkpointing_func`` of the layers. No class is
           changed. What is not exactly as expected is left alone, and the caller compares the result with
           the layer's own.
 Checked:  transformers 5.23.0, peft 0.21.2.
@@ -15,8 +15,10 @@ Goes:     when transformers or PEFT fuse these themselves on CPUs.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +63,7 @@ class DecoderParts:
     """What a decoder layer consists of: ``linears`` are those of the attention's queries, keys, values and
     output, and the MLP's gate, up and down. ``eps`` is the same in both norms."""
 
+    layer: nn.Module
     attention: nn.Module
     linears: tuple[AdaptedLinear, ...]
     norms: tuple[Tensor, Tensor]
@@ -89,12 +92,22 @@ def output_head(model: PreTrainedModel) -> nn.Linear | None:
 
 def replace_forward(layer: nn.Module, forward: Callable[..., Any]) -> None:
     """Have ``layer`` run ``forward``, which gets the layer's own as its first argument."""
-    own = type(layer).forward.__get__(layer)
+    own = type(layer).forward
+    itself = weakref.ref(layer)  # no circle, so that a model goes as soon as nobody uses it
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return forward(own, *args, **kwargs)
+        return forward(partial(own, itself()), *args, **kwargs)
 
     layer.forward = call
+
+
+def checkpointing(layer: Any) -> Callable[..., Tensor] | None:
+    """What runs a function of ``layer`` so that its activations are computed again in the backward pass;
+    ``None`` while that is not asked for. (transformers does it around the ``forward`` of the class.)"""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return None
+    run: Callable[..., Tensor] = layer._gradient_checkpointing_func
+    return run
 
 
 def restore_forward(layer: nn.Module) -> None:
@@ -120,6 +133,7 @@ def _parts(layer: Any) -> DecoderParts | None:
         if not fits:
             return None
         return DecoderParts(
+            layer=layer,
             attention=attention,
             linears=tuple(each for each in linears if each is not None),
             norms=(norms[0].weight.data, norms[1].weight.data),

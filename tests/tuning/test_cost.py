@@ -8,7 +8,7 @@ import pytest
 from fixtures_models import save_tiny_model
 from fixtures_training import Run, assert_same_weights, run, train_spec, write_records
 
-from comps.tuning.errors import TuningError
+from comps.tuning.errors import ResourceError
 from comps.tuning.training import cost
 
 SETTINGS = {"batch_size": 8, "epochs": 2, "mask_input": False, "validation_split_percentage": 10}
@@ -56,7 +56,7 @@ def test_the_trial_leaves_the_run_as_it_would_be_without(
 ) -> None:
     settings = SETTINGS | {"max_train_steps": 3}
     with_trial = run(train_spec(tmp_path / "with", model, data, **settings))
-    monkeypatch.setattr("comps.tuning.training.loop.predict", lambda trainer, spec: None)
+    monkeypatch.setattr("comps.tuning.training.loop._tell_cost", lambda *_: None)
     without = run(train_spec(tmp_path / "without", model, data, **settings))
     assert with_trial.losses == without.losses
     assert_same_weights(with_trial, without)
@@ -76,10 +76,10 @@ def test_gradient_checkpointing_comes_on_when_memory_asks_for_it(
     plain = run(train_spec(tmp_path / "plain", model, data, **SETTINGS))
     assert "gradient checkpointing" not in " ".join(plain.messages)
     # Room for most of what the first trial took.
-    monkeypatch.setattr(cost, "available_memory", lambda: grown[0])
+    monkeypatch.setattr(cost, "available_memory", lambda: grown[1])
     small = run(train_spec(tmp_path / "small", model, data, **SETTINGS))
     assert "with gradient checkpointing, which the memory asks for" in " ".join(small.messages)
-    assert grown[2] < 0.6 * grown[1], "the same batch, without and with checkpointing"
+    assert grown[-1] < 0.6 * grown[1], "the same batch, without and with checkpointing"
     assert small.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
@@ -87,10 +87,57 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cost, "available_memory", lambda: -(10**9))
-    with pytest.raises(TuningError, match="smaller batch_size") as raised:
+    with pytest.raises(ResourceError, match="smaller batch_size") as raised:
         run(train_spec(tmp_path / "run", model, data, **SETTINGS))
     assert raised.value.param == "Training.batch_size"
 
 
-def test_available_memory_is_that_of_the_machine_at_most() -> None:
-    assert 0 < cost.available_memory() < 2**50
+@pytest.mark.parametrize("accumulation", [1, 4, 8])
+def test_steps_and_tokens_with_accumulation(
+    tmp_path: Path, model: Path, data: Path, accumulation: int
+) -> None:
+    settings = SETTINGS | {"batch_size": 2, "gradient_accumulation_steps": accumulation, "epochs": 1}
+    done = run(train_spec(tmp_path / "run", model, data, **settings))
+    assert done.result is not None
+    facts = said(done)
+    assert facts["steps"] == done.result["steps"]
+    assert facts["tokens"] == done.result["trained_tokens"]
+
+
+def test_a_run_that_asks_for_gradient_checkpointing_is_measured_with_it(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS | {"max_train_steps": 1}
+    plain = said(run(train_spec(tmp_path / "plain", model, data, **settings)))
+    settings["gradient_checkpointing"] = True
+    asked = run(train_spec(tmp_path / "asked", model, data, **settings))
+    assert said(asked)["memory"] < plain["memory"] - 20e6
+    assert "which the memory asks for" not in " ".join(asked.messages)
+
+
+def test_a_resumed_run_is_not_refused(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(train_spec(tmp_path / "run", model, data, **SETTINGS, save_steps=3, max_train_steps=3))
+    (first.directory / "result.json").unlink(missing_ok=True)
+    monkeypatch.setattr(cost, "available_memory", lambda: -(10**9))
+    finished = run(train_spec(tmp_path / "run", model, data, **SETTINGS, save_steps=3, max_train_steps=3))
+    assert finished.result is not None
+    further = run(train_spec(tmp_path / "run", model, data, **SETTINGS, save_steps=3, max_train_steps=5))
+    assert further.result is not None
+    assert further.result["steps"] == 5
+
+
+def test_available_memory_leaves_out_what_is_taken_but_not_cached_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in {
+        "max": 3000,
+        "current": 2900,
+        "stat": "anon 100\nactive_file 700\ninactive_file 800",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(f"{content}\n")
+    monkeypatch.setattr(cost, "_GROUPS_AT", tmp_path)
+    assert cost.available_memory() == 3000 - (2900 - 1500)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert cost.available_memory() > 10**8

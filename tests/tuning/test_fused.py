@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from transformers import PreTrainedModel
 
 from comps.tuning.elastic.model import ElasticController, build_adapter
 from comps.tuning.fused import Fusion, fuse
+from comps.tuning.fused.decoder import FusedDecoder
 from comps.tuning.fused.head import head_loss
-from comps.tuning.training.packing import pack, packs
+from comps.tuning.fused.projections import Projections
+from comps.tuning.training.packing import pack, packed_loss, packs
 
 FAMILIES = ("llama", "qwen2", "mistral")
 
@@ -100,7 +104,7 @@ def test_dropout_draws_what_it_draws_without_fusion() -> None:
     model, _ = adapted("qwen2", dropout=0.3)
     rows = BATCHES["answers at the end"]
     model.train()
-    fusion = Fusion(0, False, None)  # type: ignore[arg-type]
+    fusion = Fusion(0, False, packed_loss)
     losses = []
     for fused in (False, True):
         if fused:
@@ -122,13 +126,24 @@ def test_dropout_draws_what_it_draws_without_fusion() -> None:
     assert loss_of(model, fusion, rows).item() != pytest.approx(losses[0][0], rel=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+def test_gradient_checkpointing_computes_each_layer_twice_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, _ = adapted()
     fusion = fuse(model)
     model.train()
+    calls, compute = [], FusedDecoder._compute
+
+    def counted(self: FusedDecoder, *inputs: Any) -> Tensor:
+        calls.append(self)
+        return compute(self, *inputs)
+
+    monkeypatch.setattr(FusedDecoder, "_compute", counted)
     expected, gradients = with_gradients(model, loss_of(model, fusion, BATCHES["every token"]))
+    assert len(calls) == fusion.layers
     model.activation_checkpointing_enable({"use_reentrant": False})
     found, ours = with_gradients(model, loss_of(model, fusion, BATCHES["every token"]))
+    assert len(calls) == 3 * fusion.layers
     assert found == expected
     assert_close(ours, gradients)
 
@@ -189,6 +204,48 @@ def test_layers_that_compute_something_else_are_found_out(monkeypatch: pytest.Mo
     assert loss_of(model, fusion, rows).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("fault", ["no adapter in the output", "no gradient of A", "no adapter in dx"])
+def test_a_fault_in_the_adapters_would_be_found_out_although_they_begin_at_zero(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    build_adapter(model, lora())
+    model.eval()
+    assert packs(model, 64)
+    forward, backward = Projections.forward, Projections.backward
+
+    def faulty_forward(self: Projections, x: Tensor, training: bool, residual: Tensor | None = None) -> Any:
+        y, used = forward(self, x, training, residual)
+        if fault == "no adapter in the output":
+            y = functional.linear(x, self._weight, self._bias) + (0 if residual is None else residual)
+        return y, used
+
+    def faulty_backward(self: Projections, grad: Tensor, x: Any, used: Any, needs: bool) -> Any:
+        dx, grads = backward(self, grad, x, used, needs)
+        if fault == "no gradient of A":
+            grads = [torch.zeros_like(each) if number % 2 == 0 else each for number, each in enumerate(grads)]
+        if fault == "no adapter in dx" and dx is not None:
+            dx = grad @ self._weight
+        return dx, grads
+
+    monkeypatch.setattr(Projections, "forward", faulty_forward)
+    monkeypatch.setattr(Projections, "backward", faulty_backward)
+    assert fuse(model).layers == 0
+    assert not any(weight.any() for name, weight in model.named_parameters() if ".lora_B." in name)
+
+
+def test_a_fused_model_goes_when_nobody_uses_it() -> None:
+    model, _ = adapted()
+    fuse(model)
+    layer = weakref.ref(model.model.layers[0])
+    gc.disable()
+    try:
+        del model, _
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
 def test_logits_that_are_changed_after_the_head_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = adapted()
     forward = model.forward
@@ -227,8 +284,10 @@ def test_a_run_is_the_same_with_and_without_fusion(tmp_path: Path, monkeypatch: 
     settings = {"max_train_steps": 4, "validation_split_percentage": 10, "mask_input": False}
     fused = run(train_spec(tmp_path / "fused", model, data, **settings))
     assert any("2 fused layers" in message for message in fused.messages)
-    monkeypatch.setattr("patches.transformers_layers.LAYERS", ())
+    unfused = Fusion(0, False, packed_loss)
+    monkeypatch.setattr("comps.tuning.training.trainer.fuse", lambda model: unfused)
     plain = run(train_spec(tmp_path / "plain", model, data, **settings))
+    assert not any("fused layers" in message for message in plain.messages)
     assert fused.losses == pytest.approx(plain.losses, rel=1e-4)
     assert [each for _, each in fused.series("valid_loss")] == pytest.approx(
         [each for _, each in plain.series("valid_loss")], rel=1e-4

@@ -136,7 +136,7 @@ class _Block:
         if first is not None:
             values = first._all(first.value).transpose(1, 2)
             self._all(d_taken)[..., :shared].baddbmm_(self._all(grad), values, beta=0)
-        d_scores = torch._softmax_backward_data(d_taken, taken, -1, taken.dtype).mul_(heads.scaling)
+        d_scores = torch.ops.aten._softmax_backward_data(d_taken, taken, -1, taken.dtype).mul_(heads.scaling)
         d_query = torch.bmm(self._own(d_scores)[..., shared:], self._own(self.key)).view(self.query.shape)
         d_key = torch.bmm(self._own(d_scores)[..., shared:].transpose(1, 2), self._own(self.query))
         d_first = None

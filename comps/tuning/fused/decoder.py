@@ -13,6 +13,7 @@ only.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from torch.nn import functional
 from comps.tuning.fused.attention import Heads, attention, fits
 from comps.tuning.fused.projections import Projections, restored, saved
 from comps.tuning.training.packing import Layout, attend
-from patches.transformers_layers import DecoderParts
+from patches.transformers_layers import DecoderParts, checkpointing
 
 
 class FusedDecoder:
@@ -38,7 +39,7 @@ class FusedDecoder:
         self.norms, self.eps = parts.norms, parts.eps
         queries, keys, _ = (width // parts.head_size for width in self.widths)
         self.heads = Heads(keys, queries // keys, parts.head_size, parts.scaling)
-        self._attention = parts.attention
+        self._attention, self._layer = parts.attention, weakref.ref(parts.layer)
         self._second = [*self.output.parameters, *self.gate_up.parameters, *self.down.parameters]
 
     def __call__(
@@ -58,17 +59,14 @@ class FusedDecoder:
                 **others,
             )  # fmt: skip
         compute = partial(self._compute, attention_mask, *position_embeddings, layout)
-        layer: Any = own.__self__  # type: ignore[attr-defined]
-        if layer.training and layer.gradient_checkpointing:
-            output: Tensor = layer._gradient_checkpointing_func(compute, hidden_states)
-            return output
-        return compute(hidden_states)
+        checkpoint = checkpointing(self._layer())
+        return checkpoint(compute, hidden_states) if checkpoint else compute(hidden_states)
 
     def _compute(
         self, attention_mask: Tensor | None, cos: Tensor, sin: Tensor, layout: Layout, hidden_states: Tensor
     ) -> Tensor:
         training = self._attention.training
-        x, cos, sin = hidden_states[0], cos[0], sin[0]
+        x, cos, sin = hidden_states.squeeze(0), cos[0], sin[0]
         projected = _Inputs.apply(x, cos, sin, self, training, *self.inputs.parameters)  # type: ignore[no-untyped-call]
         dropout = getattr(self._attention, "attention_dropout", 0.0) if training else 0.0
         if not dropout and fits(layout, len(x), self.heads):
@@ -84,7 +82,7 @@ class FusedDecoder:
             )  # fmt: skip
             attended = found.reshape(len(x), -1)
         output: Tensor = _Outputs.apply(attended, x, self, training, *self._second)  # type: ignore[no-untyped-call]
-        return output[None]
+        return output.unsqueeze(0)
 
 
 class _Inputs(torch.autograd.Function):

@@ -79,14 +79,14 @@ class Projections:
             for (*_, adapter), rank in zip(self._adapters, ranks, strict=True):
                 kept = 1 - adapter.dropout
                 noise.append(torch.empty_like(x).bernoulli_(kept).div_(kept))  # as torch's own dropout draws
-                parts.append((x * noise[-1]) @ adapter.down.data[:rank].t())
+                parts.append((x * noise[-1]) @ adapter.down[:rank].t())
             lows = torch.cat(parts, 1)
         else:
             lows = x @ self._downs(ranks).t()
         place = 0
         for (start, end, adapter), rank in zip(self._adapters, ranks, strict=True):
             low = lows[:, place : place + rank]
-            y[:, start:end].addmm_(low, adapter.up.data[:, :rank].t(), alpha=adapter.scale)
+            y[:, start:end].addmm_(low, adapter.up[:, :rank].t(), alpha=adapter.scale)
             place += rank
         return y, Used(lows, noise, ranks)
 
@@ -107,7 +107,7 @@ class Projections:
             up = torch.zeros_like(adapter.up) if rank < adapter.up.shape[1] else torch.empty_like(adapter.up)
             # This way around it is up to three times faster than as part^T low.
             torch.mul((used.lows[:, columns].t() @ part).t(), adapter.scale, out=up[:, :rank])
-            low_grads[:, columns].addmm_(part, adapter.up.data[:, :rank], beta=0, alpha=adapter.scale)
+            low_grads[:, columns].addmm_(part, adapter.up[:, :rank], beta=0, alpha=adapter.scale)
             found.append(up)
             place += rank
         downs: list[Tensor]
@@ -117,7 +117,7 @@ class Projections:
                 low = low_grads[:, place : place + rank]
                 downs.append(low.t() @ (x * noise))
                 if dx is not None:
-                    dx.addcmul_(low @ adapter.down.data[:rank], noise)
+                    dx.addcmul_(low @ adapter.down[:rank], noise)
                 place += rank
         else:
             downs = list((low_grads.t() @ x).split(used.ranks))
@@ -133,7 +133,7 @@ class Projections:
         return dx, grads
 
     def _downs(self, ranks: Sequence[int]) -> Tensor:
-        parts = [adapter.down.data[:rank] for (*_, adapter), rank in zip(self._adapters, ranks, strict=True)]
+        parts = [adapter.down[:rank] for (*_, adapter), rank in zip(self._adapters, ranks, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

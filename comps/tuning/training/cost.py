@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from comps.tuning.errors import TuningError
+from comps.tuning.errors import ResourceError, TuningError
 from comps.tuning.spec import TrainSpec
 from comps.tuning.training.arguments import save_interval, total_steps
 from comps.tuning.training.estimate import Line
@@ -19,7 +19,19 @@ from comps.tuning.training.trainer import TuningTrainer
 
 # Of the memory that is there: the rest is for what the measurement does not see (fragments, checkpoints).
 _USABLE = 0.9
-_FORWARD_SHARE = 1 / 3  # of a training step's time: validation goes forward only
+_FORWARD_SHARE = 1 / 2  # of a step's time: the base is frozen, so backward is hardly more than forward
+# Control groups, version 2 and 1: directory, files, and what of memory.stat is cache.
+_GROUPS_AT = Path("/sys/fs/cgroup")
+_GROUPS = (
+    ("", "memory.max", "memory.current", ("active_file", "inactive_file")),
+    (
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
+_PATIENCE = 60.0  # seconds that trying a whole batch may take; else a single row must do
 
 
 @dataclass(frozen=True)
@@ -41,62 +53,77 @@ class Cost:
         recompute = ", with gradient checkpointing, which the memory asks for" if self.checkpointing else ""
         return (
             f"The whole run: {self.steps} steps, {self.tokens:,} tokens, about {time} and "
-            f"{self.memory / 1e9:.1f} GB of memory{recompute} (tried with one of its batches)"
+            f"{self.memory / 1e9:.1f} GB of memory a worker{recompute} (tried with one of its batches)"
         )
 
 
-def predict(trainer: TuningTrainer, spec: TrainSpec) -> Cost:
+def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> Cost:
     """Train on a single row and on the middling micro-batch of the first epoch, and forget them.
 
     Neither weights nor random numbers change. Time is taken to grow by a straight line with the tokens,
     memory in proportion. When the largest micro-batch would not fit into the memory that is free, gradient
     checkpointing is turned on; with several workers, who share a machine or don't, that is left to the
-    asker.
+    asker. A run that was ``resumed`` fitted before and is not refused.
 
-    Raises :class:`TuningError` when even that will not do.
+    Raises :class:`ResourceError` when even that will not do, :class:`TuningError` for too few rows.
     """
-    batches = sorted(trainer.micro_batches(), key=trainer.batch_work)
-    middle, largest = batches[len(batches) // 2], batches[-1]
-    growth = trainer.batch_work(largest) / trainer.batch_work(middle)
+    batches, workers = trainer.micro_batches(), spec.resources.num_workers
+    if not batches:
+        raise TuningError(
+            f"there are fewer training rows than the {workers} workers", param="Training.num_training_workers"
+        )
+    works = [trainer.batch_work(rows) for rows in batches]
+    by_work = sorted(range(len(batches)), key=works.__getitem__)
+    middle, most = batches[by_work[len(by_work) // 2]], works[by_work[-1]]
+    trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     free = available_memory() * _USABLE
-    checkpointing = False
+    asked = spec.training.gradient_checkpointing
+    on = asked and trainer.recompute_activations()
+    line, trial, needed = Line(), None, 0.0
     with torch.random.fork_rng(devices=[]):
-        single = [trainer.try_batch(middle[:1]) for _ in range(2)][1]  # the first also loads kernels
-        trial = _Trial(trainer, middle)
-        if trial.grown * growth > free and spec.resources.num_workers == 1:
-            if not spec.training.gradient_checkpointing:
-                checkpointing = True
-                trainer.recompute_activations()
-                trial = _Trial(trainer, middle)
-            if (needed := trial.grown * growth) > free:
-                raise TuningError(
+        trainer.try_batch(middle[:1])  # loads kernels, and takes longer for that
+        for rows in (middle[:1], middle)[: len(middle)]:
+            work = trainer.batch_work(rows)
+            if trial and trial.seconds * work / trainer.batch_work(middle[:1]) > _PATIENCE:
+                break
+            trial = _Trial(trainer, rows)
+            needed = _grown_to(trial, most / work, trainable)
+            if needed > free and workers == 1 and not on and (on := trainer.recompute_activations()):
+                trial = _Trial(trainer, rows)
+                needed = _grown_to(trial, most / work, trainable)
+            if needed > free and workers == 1 and not resumed:
+                raise ResourceError(
                     f"this run needs about {needed / 1e9:.1f} GB more memory for its largest batch of "
-                    f"{len(largest)} rows, even with gradient checkpointing; {free / 1e9:.1f} GB are free. "
+                    f"{len(middle)} rows, even with gradient checkpointing; {free / 1e9:.1f} GB are free. "
                     "Ask for a smaller batch_size (with more gradient_accumulation_steps) or max_length",
                     param="Training.batch_size",
                 )
-    line = Line()
-    line.add(trainer.batch_work(middle[:1]), single)
-    if len(middle) > 1:
-        line.add(trainer.batch_work(middle), trial.seconds)
+            line.add(work, trial.seconds)
+    assert trial is not None
     fixed, rate = line.fit()
-    rows = len(trainer.train_dataset)
-    steps = total_steps(spec, rows)
-    epochs = steps * spec.training.gradient_accumulation_steps / len(batches)
-    seconds = epochs * sum(fixed + rate * trainer.batch_work(batch) for batch in batches)
+    rows_in_all = len(trainer.train_dataset)
+    steps = total_steps(spec, rows_in_all)
+    epochs = steps / math.ceil(len(batches) / spec.training.gradient_accumulation_steps)
+    seconds = epochs * sum(fixed + rate * work for work in works)
+    tokens = sum(trainer.train_dataset.lengths)
     if trainer.eval_dataset:
         by_epoch = spec.training.save_strategy == "epoch"
-        often = math.ceil(epochs if by_epoch else steps / save_interval(spec, rows))
-        tokens = sum(trainer.eval_dataset.lengths) / spec.resources.num_workers
-        seconds += often * tokens * rate * _FORWARD_SHARE
-    state = 8 * sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+        often = math.ceil(epochs if by_epoch else steps / save_interval(spec, rows_in_all))
+        computed = sum(trainer.eval_dataset.lengths) * sum(works) / tokens
+        seconds += often * computed * rate * _FORWARD_SHARE
     return Cost(
         steps=steps,
-        tokens=round(sum(trainer.train_dataset.lengths) * epochs),
+        tokens=round(tokens * epochs),
         seconds=seconds,
-        memory=round(trial.peak + trial.grown * (growth - 1) + state),
-        checkpointing=checkpointing,
+        memory=round(trial.peak - trial.grown + needed + 8 * trainable),
+        checkpointing=on and not asked,
     )
+
+
+def _grown_to(trial: _Trial, times: float, trainable: int) -> float:
+    """Bytes by which the process grows for a batch so many ``times`` as large; gradients stay as they are."""
+    gradients: int = min(4 * trainable, trial.grown)
+    return gradients + (trial.grown - gradients) * times
 
 
 class _Trial:
@@ -111,7 +138,7 @@ class _Trial:
             Path("/proc/self/clear_refs").write_text("5")
         self.seconds = trainer.try_batch(rows)
         self.peak = max(before, _peak())
-        self.grown = self.peak - before
+        self.grown: int = self.peak - before
 
 
 def _peak() -> int:
@@ -124,10 +151,14 @@ def _peak() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process could still take: of the machine, and of its control group if limited."""
+    """Bytes that this process could still take: of the machine, and of its control group if that is limited.
+    Cached pages of files count as free: they go when memory is asked for."""
     found: list[int] = [psutil.virtual_memory().available]
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no limit, or no such file
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        found.append(int(limit) - int(used))
+    for directory, limit, used, cached in _GROUPS:
+        group = _GROUPS_AT / directory
+        with suppress(OSError, ValueError, KeyError):  # no limit, or another version of control groups
+            facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            files = sum(int(facts[name]) for name in cached)
+            taken = int((group / used).read_text()) - files
+            found.append(int((group / limit).read_text()) - taken)
     return max(0, min(found))

@@ -105,21 +105,16 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
         callbacks=_callbacks(spec, controller, events, output),
     )
     said = precision.use(spec.training.mixed_precision) if spec.resources.device == "cpu" else None
-    cost = predict(trainer, spec) if spec.resources.device == "cpu" else None
     if events:
         if said:
             events.write(said, level="info" if precision.native_bf16() else "warn")
         for callback in (Progress(events, trainer.work), *trackers(spec)):
             trainer.add_callback(callback)
         events.write(trainer.describe())
-        if cost:
-            events.write(
-                cost.describe(), level="warn" if cost.checkpointing else "info",
-                steps=cost.steps, tokens=cost.tokens, seconds=round(cost.seconds, 1), memory=cost.memory,
-            )  # fmt: skip
-        events.write(f"Set-up took {time.monotonic() - began:.1f} s; the first step follows")
+        events.write(f"Set-up took {time.monotonic() - began:.1f} s; one of the batches is tried next")
     try:
         if resume is None or not _restore_finished(spec, trainer, resume, len(data.train)):
+            _tell_cost(spec, trainer, events, resume is not None)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except Stopped:
         if events:
@@ -149,6 +144,20 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
             type="progress", step=result["steps"], seconds_left=0,
         )  # fmt: skip
     return result
+
+
+def _tell_cost(
+    spec: TrainSpec, trainer: TuningTrainer, events: rundir.EventWriter | None, resumed: bool
+) -> None:
+    """An event with what the run will take. On a GPU other clocks and memories would have to be asked."""
+    if spec.resources.device != "cpu":
+        return
+    cost = predict(trainer, spec, resumed)
+    if events:
+        events.write(
+            cost.describe(), level="warn" if cost.checkpointing else "info",
+            steps=cost.steps, tokens=cost.tokens, seconds=round(cost.seconds, 1), memory=cost.memory,
+        )  # fmt: skip
 
 
 def _callbacks(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-# Instructions that multiply bfloat16 numbers, the fastest first.
-_NATIVE = ("amx_bf16", "avx512_bf16")
+# The instructions with which oneDNN, and so PyTorch, multiplies float32 matrices in bfloat16. (It does not
+# do so with avx512_bf16.)
+_NATIVE = ("amx_bf16",)
 
 
 @cache
@@ -35,7 +36,7 @@ def use(mixed_precision: str) -> str | None:
         return None
     if native is None:
         return (
-            "mixed_precision is bf16, but this CPU has neither AMX nor avx512_bf16 and would emulate it, "
+            "mixed_precision is bf16, but this CPU has no AMX and would emulate it, "
             "several times slower; training is in float32"
         )
     return f"Matrix products in bf16 ({native}); weights, sums and all else in float32"

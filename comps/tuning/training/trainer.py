@@ -93,6 +93,7 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         order = LengthGroupedSampler(
             self.train_dataset.lengths, rows * args.gradient_accumulation_steps, args.seed, shuffle
         )
+        self._lengths: list[int] = self.train_dataset.lengths
         self._common = self.train_dataset.common_beginning()
         self._batches = RankBatches(order, rows, args.process_index, args.world_size)
         self.add_callback(_EpochSetter(self._batches))
@@ -124,7 +125,7 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
 
     def batch_work(self, rows: list[int]) -> int:
         """Tokens that one micro-batch computes on."""
-        lengths: list[int] = [self.train_dataset.lengths[row] for row in rows]
+        lengths = [self._lengths[row] for row in rows]
         if self.packed:
             return sum(lengths) - int(self._common) * (len(rows) - 1)
         longest: int = max(*lengths, self.data_collator.length or 0)
@@ -142,11 +143,14 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         self.model.zero_grad()
         return time.perf_counter() - began
 
-    def recompute_activations(self) -> None:
-        """Turn gradient checkpointing on."""
+    def recompute_activations(self) -> bool:
+        """Turn gradient checkpointing on; false for a model that cannot do it."""
+        if not self.model.get_base_model().supports_gradient_checkpointing:
+            return False
         self.args.activation_checkpointing = True
         self.args.activation_checkpointing_kwargs = {"use_reentrant": False}
         self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        return True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
