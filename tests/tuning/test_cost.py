@@ -76,10 +76,10 @@ def test_gradient_checkpointing_comes_on_when_memory_asks_for_it(
     plain = run(train_spec(tmp_path / "plain", model, data, **SETTINGS))
     assert "gradient checkpointing" not in " ".join(plain.messages)
     # Room for most of what the first trial took.
-    monkeypatch.setattr(cost, "available_memory", lambda: grown[1])
+    monkeypatch.setattr(cost, "available_memory", lambda: int(0.9 * grown[1]))
     small = run(train_spec(tmp_path / "small", model, data, **SETTINGS))
     assert "with gradient checkpointing, which the memory asks for" in " ".join(small.messages)
-    assert grown[-1] < 0.6 * grown[1], "the same batch, without and with checkpointing"
+    assert grown[-1] < 0.8 * grown[1], "the same batch, without and with checkpointing"
     assert small.losses == pytest.approx(plain.losses, rel=1e-5)
 
 

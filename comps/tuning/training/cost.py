@@ -81,24 +81,28 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> C
     on = asked and trainer.recompute_activations()
     line, trial, needed = Line(), None, 0.0
     with torch.random.fork_rng(devices=[]):
-        trainer.try_batch(middle[:1])  # loads kernels, and takes longer for that
-        for rows in (middle[:1], middle)[: len(middle)]:
+        trainer.try_batch(middle[:1])  # loads kernels
+        for rows in (middle[:1], middle) if len(middle) > 1 else (middle,):
             work = trainer.batch_work(rows)
             if trial and trial.seconds * work / trainer.batch_work(middle[:1]) > _PATIENCE:
                 break
+            # A single row says too much: what a batch needs but once counts for each of its rows.
+            limit = free if rows is middle else 2 * free
             trial = _Trial(trainer, rows)
             needed = _grown_to(trial, most / work, trainable)
-            if needed > free and workers == 1 and not on and (on := trainer.recompute_activations()):
+            if needed > limit and workers == 1 and not on and (on := trainer.recompute_activations()):
                 trial = _Trial(trainer, rows)
                 needed = _grown_to(trial, most / work, trainable)
-            if needed > free and workers == 1 and not resumed:
+            if needed > limit and workers == 1 and not resumed:
                 raise ResourceError(
                     f"this run needs about {needed / 1e9:.1f} GB more memory for its largest batch of "
                     f"{len(middle)} rows, even with gradient checkpointing; {free / 1e9:.1f} GB are free. "
                     "Ask for a smaller batch_size (with more gradient_accumulation_steps) or max_length",
                     param="Training.batch_size",
                 )
-            line.add(work, trial.seconds)
+            # Memory that is touched for the first time takes its time; the next batch does not pay for it.
+            again = trainer.try_batch(rows) if trial.seconds < _PATIENCE / 6 else trial.seconds
+            line.add(work, min(again, trial.seconds))
     assert trial is not None
     fixed, rate = line.fit()
     rows_in_all = len(trainer.train_dataset)
