@@ -1,4 +1,4 @@
-# make setup | model | demo | serve | test | test-trust | test-slow | soak | bench | check | requirements
+# make setup | model | demo | serve | test | test-trust | test-slow | soak | bench | scaling | check | requirements
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
 # packages carry templates that are no Python, hence the dash before the command.)
 NOT_COMPILED := /tests?/|/sympy/|/transformers/models/[b-km-z]
 
-.PHONY: setup model demo serve test test-trust test-slow soak bench check requirements
+.PHONY: setup model demo serve test test-trust test-slow soak bench scaling check requirements
 
 setup: $(VENV)/.ready
 
@@ -60,6 +60,11 @@ bench: model
 	$(BIN)/python -m tests.benchmarks.training --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
+	$(BIN)/python -m tests.benchmarks.pairs fusing --model $(MODEL) --data $(DATA)
+
+scaling: setup
+	$(BIN)/pip install -q $(shell grep -oE 'matplotlib==[0-9.]+' pyproject.toml)
+	$(BIN)/python -m tests.benchmarks.scaling
 
 check: setup
 	$(BIN)/ruff check .
