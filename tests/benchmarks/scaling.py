@@ -102,9 +102,9 @@ def plot(results: dict[str, dict[int, float]], file: Path) -> None:
     ):
         axes.plot(list(values), [1000 * seconds for seconds in values.values()], marker="o")
         axes.set_xlabel(name)
-        axes.set_ylim(0)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("ms a step")
+    figure.axes[0].set_ylim(0, 1.05 * 1000 * max(max(values.values()) for values in results.values()))
     figure.savefig(file, dpi=80)
 
 
