@@ -82,11 +82,9 @@ def decoder_layers(model: nn.Module) -> Iterator[tuple[nn.Module, DecoderParts |
 def output_head(model: PreTrainedModel) -> nn.Linear | None:
     """The layer that makes logits of ``model``, if it is a frozen linear one without an adapter or hooks."""
     head = model.get_output_embeddings()
-    linear = (
-        _linear(head)
-        if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
-        else None
-    )
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        return None
+    linear = _linear(head)
     return None if linear is None else linear.base
 
 

@@ -80,7 +80,7 @@ def test_the_row_says_what_the_request_asked_for(create: Any, settings: Settings
     spec = spec_of(job)
     assert job.id.startswith("ft-job-")
     assert (job.status, job.model, job.suffix, job.seed) == ("validating_files", "org/tiny", "arc", 7)
-    assert job.job_metadata == {"who": "me"}
+    assert (job.job_metadata, job.warnings) == ({"who": "me"}, [])
     assert job.hyperparameters == {"n_epochs": 5, "batch_size": 16, "learning_rate_multiplier": 2.0}
     assert spec.directory == settings.jobs_dir / job.id
     assert spec.base_model.path == str(settings.models_dir / "org" / "tiny")
@@ -89,15 +89,7 @@ def test_the_row_says_what_the_request_asked_for(create: Any, settings: Settings
     assert (spec.data.max_length, spec.data.train_name) == (256, "rows.json")
     assert spec.data.train_file == settings.files_dir / str(job.training_file)
     assert (spec.resources.num_workers, spec.resources.cpus) == (1, None)
-    assert job.warnings == []
-
-
-def test_auto_goes_to_the_run_and_into_the_answer(create: Any) -> None:
-    job = create(Training={"learning_rate": "auto"}, hyperparameters={"batch_size": "auto"})
-    assert sorted(spec_of(job).training.auto) == ["batch_size", "learning_rate"]
-    expected = {"n_epochs": 1, "batch_size": "auto", "learning_rate_multiplier": "auto"}
-    assert job.hyperparameters == expected
-    assert spec_of(create()).training.auto == ()
+    assert spec_of(create(Training={"learning_rate": "auto"})).training.auto == ("learning_rate",)
 
 
 @pytest.mark.parametrize(

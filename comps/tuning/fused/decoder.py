@@ -53,11 +53,12 @@ class FusedDecoder:
         **others: Any,
     ) -> Tensor:
         """``hidden_states`` [1, tokens, hidden] of a packed batch; what is none is the layer's own affair."""
-        if layout is None or position_embeddings is None:
+        if layout is None:
             return own(
                 hidden_states, *args, attention_mask=attention_mask, position_embeddings=position_embeddings,
                 **others,
             )  # fmt: skip
+        assert position_embeddings is not None  # the models make them once for all layers
         compute = partial(self._compute, attention_mask, *position_embeddings, layout)
         checkpoint = checkpointing(self._layer())
         return checkpoint(compute, hidden_states) if checkpoint else compute(hidden_states)

@@ -63,7 +63,7 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> C
     Neither weights nor random numbers change. Time is taken to grow by a straight line with the tokens,
     memory in proportion. When the largest micro-batch would not fit into the memory that is free, gradient
     checkpointing is turned on; with several workers, who share a machine or don't, that is left to the
-    asker. A run that was ``resumed`` fitted before and is not refused.
+    asker. A run that is ``resumed`` from a checkpoint fitted before and is not refused.
 
     Raises :class:`ResourceError` when even that will not do, :class:`TuningError` for too few rows.
     """
@@ -94,9 +94,10 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> C
                 trial = _Trial(trainer, rows)
                 needed = _grown_to(trial, most / work, trainable)
             if needed > limit and workers == 1 and not resumed:
+                even = ", even with gradient checkpointing" if on else ""
                 raise ResourceError(
                     f"this run needs about {needed / 1e9:.1f} GB more memory for its largest batch of "
-                    f"{len(middle)} rows, even with gradient checkpointing; {free / 1e9:.1f} GB are free. "
+                    f"{len(middle)} rows{even}; {max(0.0, free) / 1e9:.1f} GB are free. "
                     "Ask for a smaller batch_size (with more gradient_accumulation_steps) or max_length",
                     param="Training.batch_size",
                 )

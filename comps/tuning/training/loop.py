@@ -111,7 +111,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
         for callback in (Progress(events, trainer.work), *trackers(spec)):
             trainer.add_callback(callback)
         events.write(trainer.describe())
-        events.write(f"Set-up took {time.monotonic() - began:.1f} s; one of the batches is tried next")
+        events.write(f"Set-up took {time.monotonic() - began:.1f} s")
     try:
         if resume is None or not _restore_finished(spec, trainer, resume, len(data.train)):
             _tell_cost(spec, trainer, events, resume is not None)

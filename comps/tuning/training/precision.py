@@ -9,7 +9,7 @@ import torch
 
 # The instructions with which oneDNN, and so PyTorch, multiplies float32 matrices in bfloat16. (It does not
 # do so with avx512_bf16.)
-_NATIVE = ("amx_bf16",)
+_NATIVE = "amx_bf16"
 
 
 @cache
@@ -20,7 +20,7 @@ def native_bf16() -> str | None:
     if not cpuinfo.is_file():
         return None
     flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
-    return next((each for each in _NATIVE if each in flags), None)
+    return _NATIVE if _NATIVE in flags else None
 
 
 def use(mixed_precision: str) -> str | None:
