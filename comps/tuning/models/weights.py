@@ -43,7 +43,7 @@ def weights_files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor: ``dtype`` as the format calls it (``"BF16"``), its ``bytes`` from ``offset`` in ``file``."""
+    """One tensor: ``dtype`` as the format calls it (``"BF16"``); ``bytes`` of ``file`` from ``offset`` on."""
 
     name: str
     dtype: str

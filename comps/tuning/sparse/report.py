@@ -100,7 +100,9 @@ def sparsity_of_module(model: torch.nn.Module) -> SparsityReport:
     found = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if getattr(weight, "ndim", 0) == 2 and weight.is_floating_point() and is_layer_linear(name):
+        if weight is None or weight.ndim != 2 or not is_layer_linear(name):
+            continue
+        if weight.is_floating_point():
             found.append((name, Zeros(weight.numel(), weight.numel() - int(weight.count_nonzero()))))
     return _report(found)
 
