@@ -65,6 +65,7 @@ _WORK = {
     "train": "comps.tuning.training.loop:train_alone",
     "extract": "comps.tuning.export.extract:extract",
     "merge": "comps.tuning.export.merge:merge",
+    "prune": "comps.tuning.sparse.prune:prune",
 }
 
 if __name__ == "__main__":
