@@ -57,6 +57,8 @@ soak: setup
 DATA ?= examples/data/bookings_train.json
 bench: model
 	$(BIN)/python -m tests.benchmarks.startup --model $(MODEL) --data $(DATA)
+	$(BIN)/pip install -q --no-deps $(shell grep -oE 'trl==[0-9.]+' pyproject.toml)
+	$(BIN)/python -m tests.benchmarks.cost --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.training --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
