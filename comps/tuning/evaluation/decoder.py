@@ -43,8 +43,12 @@ class Joined:
             self._weight = joined
         else:
             self._weight = bases[0].weight.data
-        biases = [base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
-        self._bias = torch.cat([bias.detach() for bias in biases]) if any(b.bias is not None for b in bases) else None
+        self._bias: Tensor | None = None
+        if any(base.bias is not None for base in bases):
+            zeros = [base.weight.new_zeros(base.out_features) for base in bases]
+            self._bias = torch.cat(
+                [zero if b.bias is None else b.bias.data for b, zero in zip(bases, zeros, strict=True)]
+            )
         self.adapters = []
         start = 0
         for each in linears:
@@ -149,7 +153,8 @@ def plan(layers: Sequence[TreeDecoder], ranks: Sequence[Sequence[list[int]]]) ->
     steps = []
     for half in range(2 * len(layers)):
         known: dict[tuple[int, ...], int] = {}
-        parents, used = [], []
+        parents: list[int] = []
+        used: list[list[int]] = []
         for number, each in enumerate(ranks):
             way = (copy[number], *each[half])
             if way not in known:

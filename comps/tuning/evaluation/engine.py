@@ -37,7 +37,10 @@ class Engine:
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, controller: ElasticController | None = None, way: str = "fused"
+        self,
+        model: PreTrainedModel | PeftModel,
+        controller: ElasticController | None = None,
+        way: str = "fused",
     ) -> None:
         self._model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self._controller = controller
@@ -56,7 +59,7 @@ class Engine:
         if way == "fused":
             rows = self._fused(items, configurations)
         else:
-            rows = []
+            rows = list[list[RowScore]]()
             for config in configurations:
                 with self._at(config):
                     rows.append(self._packed(items) if way == "packed" else self._padded(items))
@@ -194,7 +197,7 @@ def _trial(model: PreTrainedModel) -> list[Item]:
     preamble, items = draw(6), []
     for choices in (3, 2, 1):
         prompt = preamble + draw(4 + choices)
-        rows = []
+        rows = list[Row]()
         for _ in range(choices):
             answer = draw(1 + len(rows))
             rows.append(Row(prompt + answer, [False] * len(prompt) + [True] * len(answer)))
