@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_elastic import super_adapter
 from fixtures_elastic import lora as lora_spec
+from fixtures_elastic import super_adapter
 from fixtures_jobs import succeeded_job
 from fixtures_models import save_tiny_model, tiny_model
 from fixtures_service import upload
@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str, str]] = {
     ),
     "a reserved version": ({"adapter_version": "checkpoint-1"}, 422, "adapter_version", "reserved"),
     "other choices": ({"choices": "all"}, 422, "choices", "'labels' or 'texts'"),
-    "a text as resources": ({"resources_per_worker": "all"}, 422, "resources_per_worker", "dictionary"),
+    "a text as resources": ({"resources_per_worker": "all"}, 422, "resources_per_worker", "a JSON object"),
 }
 
 
