@@ -30,7 +30,7 @@ from comps.tuning.evaluation.items import Items
 from comps.tuning.evaluation.questions import read_questions
 from comps.tuning.evaluation.scorer import Scorer
 from comps.tuning.evaluation.scores import Configuration, RowScore, Scores
-from comps.tuning.evaluation.tree import own_tokens
+from comps.tuning.evaluation.tree import sizes
 from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.spec import LoraSpec, ModelSpec, RankGroup
 from tests.benchmarks.machine import Load, describe, sgemm
@@ -150,7 +150,7 @@ def main() -> None:
     print(
         f"tokens: {sum(len(part) * max(len(row.ids) for row in part) for part in padded)} padded, "
         f"{sum(len(row.ids) for row in rows)} without padding, "
-        f"{sum(own_tokens(item)[1] for item in items)} with each prompt once"
+        f"{sum(sizes(items))} as trees"
     )
     print(
         "| way | s a configuration | times plain | CPU s | times plain | largest difference | same choices |"
