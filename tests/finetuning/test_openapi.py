@@ -61,6 +61,7 @@ GET    /v1/evaluations/{evaluation_id}
 GET    /v1/evaluations/{evaluation_id}/items
 POST   /v1/evaluations/{evaluation_id}/cancel
 DELETE /v1/evaluations/{evaluation_id}
+POST   /v1/sqft/prune
 GET    /v1/models
 POST   /v1/models
 GET    /v1/models/{model_id}

@@ -12,6 +12,7 @@ from fixtures_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from comps.tuning.elastic.model import load_super_adapter
 from comps.tuning.errors import AdapterError
 from comps.tuning.evaluation.engine import Engine
 from comps.tuning.evaluation.items import Items
@@ -226,3 +227,24 @@ def test_several_scorers_of_one_model_do_not_disturb_each_other() -> None:
             expected = by_itself(model, items[0].rows[0].ids, items[0].rows[0].learnt)
         for each in scores:
             assert_same(each.results[0][0], expected)
+
+
+def test_a_sparse_super_adapter_is_scored_through_its_own_layers(tmp_path: Path) -> None:
+    base = tiny_model()
+    with torch.no_grad():
+        for weight in base.model.layers.parameters():
+            weight[weight.abs() < 0.01] = 0
+    zeroed = {name: weight.clone() for name, weight in base.state_dict().items()}
+    _, space, _ = super_adapter(base, lora(sparse=True), tmp_path)
+    fresh = tiny_model()
+    fresh.load_state_dict(zeroed)
+    model, controller = load_super_adapter(fresh, tmp_path, space)
+    items, scorer = choice_items(), Scorer(model, controller)
+    assert scorer.way == "packed"
+    found = scorer.score(items, [space.minimal, space.maximal])
+    assert found[0].results != found[1].results
+    for scores in found:
+        assert scores.configuration is not None
+        with controller.at(scores.configuration):
+            for row, mine in zip(items[1].rows, scores.results[1], strict=True):
+                assert_same(mine, by_itself(model, row.ids, row.learnt))

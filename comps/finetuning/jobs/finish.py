@@ -38,10 +38,11 @@ def model_name(job: JobRow) -> str:
 def _finish_training(session: Session, job: JobRow, result: dict[str, Any]) -> None:
     name = model_name(job)
     elastic = bool(job.spec["lora"]["groups"])
+    sparse = bool(job.spec["lora"].get("sparse"))  # older rows don't say
     session.merge(
         ModelRow(
             id=name, kind="super_adapter" if elastic else "adapter", owner=job.owner, path=result["path"],
-            base_model=job.model, job_id=job.id, details={},
+            base_model=job.model, job_id=job.id, details={"sparse_adapter": True} if sparse else {},
         )
     )  # fmt: skip
     transition(
@@ -72,6 +73,23 @@ def _finish_adapter(session: Session, job: JobRow, result: dict[str, Any]) -> No
     )
 
 
+def _finish_base(session: Session, job: JobRow, result: dict[str, Any]) -> None:
+    """A new base model, under the name that its request has chosen or was given."""
+    name = job.spec["name"]
+    details = {
+        key: value for key, value in result.items() if key not in ("outcome", "path", "name", "base_model")
+    }
+    session.merge(
+        ModelRow(
+            id=name, kind="base", owner=job.owner, path=result["path"], base_model=job.model, job_id=job.id,
+            details=details,
+        )
+    )  # fmt: skip
+    transition(
+        session, job, "succeeded", f"Written as {name}", fine_tuned_model=name, result=result, cpus=None
+    )
+
+
 def _finish_evaluation(session: Session, job: JobRow, result: dict[str, Any]) -> None:
     """Nothing is made of it; the run's own last event has said what was found."""
     transition(session, job, "succeeded", "The evaluation has succeeded", result=result, cpus=None)
@@ -83,4 +101,5 @@ _FINISH: dict[str, Callable[[Session, JobRow, dict[str, Any]], None]] = {
     "extract": _finish_adapter,
     "merge": _finish_adapter,
     "evaluate": _finish_evaluation,
+    "prune": _finish_base,
 }
