@@ -70,6 +70,7 @@ _WORK = {
     "train": "comps.tuning.training.loop:train_alone",
     "extract": "comps.tuning.export.extract:extract",
     "merge": "comps.tuning.export.merge:merge",
+    "evaluate": "comps.tuning.evaluation.run:evaluate",
     "prune": "comps.tuning.sparse.prune:prune",
 }
 

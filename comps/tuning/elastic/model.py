@@ -120,6 +120,19 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> peft.PeftModel:
     return adapted.eval()
 
 
+def load_super_adapter(
+    model: PreTrainedModel, directory: Path, space: SearchSpace
+) -> tuple[peft.PeftModel, ElasticController]:
+    """As :func:`load_adapter`, with the elastic groups of ``space``; the maximal ranks are active."""
+    sparse = is_sparse(directory)
+    config = SparseLoraConfig.read(directory) if sparse else None
+    adapted = peft.PeftModel.from_pretrained(model, directory, config=config).eval()
+    controller = make_elastic(adapted, space)
+    if sparse:
+        make_sparse(adapted)
+    return adapted, controller
+
+
 def build_adapter(
     model: PreTrainedModel, lora: LoraSpec, task_type: str | None = "CAUSAL_LM"
 ) -> tuple[peft.PeftModel, SearchSpace | None, ElasticController | None]:
