@@ -21,6 +21,7 @@ from comps.tuning.elastic.read_space import load_space
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.export.adapter import CONFIG, WEIGHTS, Adapter, LoraModule, read_adapter, read_json
 from comps.tuning.export.files import TOKENIZER, copy_files
+from comps.tuning.search import learned
 from comps.tuning.spec import ExtractSpec
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def extract(spec: ExtractSpec) -> dict[str, Any]:
     """
     adapter = read_adapter(spec.super_adapter)
     space = load_space(spec.super_adapter, adapter)
-    ranks = space.resolve(spec.version, spec.config)
+    given = spec.config
+    if given is None and spec.version == learned.VERSION:
+        given = learned.read(spec.super_adapter, space)
+    ranks = space.resolve(spec.version, given)
     report = _report(spec, adapter, space, ranks)
     if (spec.output / REPORT).is_file() and read_json(spec.output / REPORT) == report:
         return _answer(spec.output, report)
