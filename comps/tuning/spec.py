@@ -181,10 +181,10 @@ class MergeSpec(Spec):
     output: Path
 
 
-AnySpec = Annotated[TrainSpec | ExtractSpec | MergeSpec, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[TrainSpec | ExtractSpec | MergeSpec] = TypeAdapter(AnySpec)
+AnySpec = TrainSpec | ExtractSpec | MergeSpec
+_ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
 
 
-def load_spec(path: Path) -> TrainSpec | ExtractSpec | MergeSpec:
+def load_spec(path: Path) -> AnySpec:
     """Read a spec file. Raises ``pydantic.ValidationError`` for anything that is not a spec."""
     return _ADAPTER.validate_json(path.read_bytes())
