@@ -65,6 +65,7 @@ _WORK = {
     "train": "comps.tuning.training.loop:train_alone",
     "extract": "comps.tuning.export.extract:extract",
     "merge": "comps.tuning.export.merge:merge",
+    "search": "comps.tuning.search.run:search",
 }
 
 if __name__ == "__main__":

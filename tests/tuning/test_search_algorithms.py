@@ -17,6 +17,7 @@ from comps.tuning.search.algorithms import algorithm
 from comps.tuning.search.nsga2 import mutation
 from comps.tuning.search.problem import Choice, Measured, Problem, best, dominates, front
 
+Measure = Callable[[Choice], Measured]
 ALL = ("nsga2", "hill_climbing", "random", "learned")
 
 
@@ -29,8 +30,8 @@ def space_of(groups: int) -> SearchSpace:
     )
 
 
-def objective(space: SearchSpace, seed: int = 5) -> Callable[[Choice], Measured]:
-    """Each group's middle, large or small rank may be its best; the score is the sum of what each is worth."""
+def objective(space: SearchSpace, seed: int = 5) -> Measure:
+    """Any of a group's ranks may be its best; the score is the sum of what each is worth."""
     worth = np.random.default_rng(seed).normal(0, 1, (len(space), 3))
 
     def measure(choice: Choice) -> Measured:
@@ -41,17 +42,16 @@ def objective(space: SearchSpace, seed: int = 5) -> Callable[[Choice], Measured]
     return measure
 
 
-def problem_of(space: SearchSpace, measure: Callable[[Choice], Measured], seed: int = 0) -> Problem:
+def problem_of(space: SearchSpace, measure: Measure, seed: int = 0) -> Problem:
     """As :class:`Problem`, with a model of 400 steps of a training in which the objective was the loss."""
     choices = np.random.default_rng(1).integers(0, 3, (400, len(space)))
-    losses = np.array([-measure(tuple(choice)).score for choice in choices.tolist()])
+    noise = np.random.default_rng(2).normal(0, 1, 400)
+    losses = np.array([-measure(tuple(choice)).score for choice in choices.tolist()]) + noise
     model = fit(space, choices, losses, np.full(400, 100))
     return Problem(space, population=20, seed=seed, model=model)
 
 
-def run(
-    name: str, problem: Problem, measure: Callable[[Choice], Measured], budget: int
-) -> dict[Choice, Measured]:
+def run(name: str, problem: Problem, measure: Measure, budget: int) -> dict[Choice, Measured]:
     found: dict[Choice, Measured] = {}
     asking = algorithm(name)(problem)
     batch = next(asking)
@@ -65,7 +65,7 @@ def run(
     return found
 
 
-def brute_force(problem: Problem, measure: Callable[[Choice], Measured]) -> set[Choice]:
+def brute_force(problem: Problem, measure: Measure) -> set[Choice]:
     everything = list(itertools.product(*map(range, problem.sizes)))
     return {everything[place] for place in front([measure(choice) for choice in everything])}
 
@@ -92,11 +92,11 @@ def test_mutation_really_mutates() -> None:
         ).get("X")
         changed = (children != parents).sum(1)
         assert 0.7 < changed.mean() < 1.5
-        assert (changed > 0).mean() > 0.5
+        assert (changed > 0).mean() > 0.4
         assert set(np.unique(children)) == {0, 1, 2}
 
 
-@pytest.mark.parametrize(("name", "share"), [("nsga2", 0.6), ("hill_climbing", 0.6), ("learned", 0.97)])
+@pytest.mark.parametrize(("name", "share"), [("nsga2", 0.6), ("hill_climbing", 0.6), ("learned", 0.9)])
 def test_an_algorithm_goes_far_above_chance_in_a_space_too_large_to_try(name: str, share: float) -> None:
     space = space_of(30)
     measure = objective(space)

@@ -52,15 +52,13 @@ def hill_climbing(problem: Problem) -> Asking:
 
 
 def learned(problem: Problem) -> Asking:
-    """What the training speaks for, at every price of a parameter: from the effects as they are, and then from
+    """What the training speaks for, at every price of a parameter: by the effects as they are, and then by
     others that would explain the training as well (Thompson 1933)."""
     if problem.model is None:
         raise AdapterError("nothing was learned of this super-adapter's ranks", param="algorithm")
     generator = np.random.default_rng(problem.seed)
-    costs = [
-        np.array(group.ranks, dtype=float) * max(1, group.parameters_per_rank)
-        for group in problem.space.groups
-    ]
+    groups = problem.space.groups
+    costs = [np.array(group.ranks, dtype=float) * max(1, group.parameters_per_rank) for group in groups]
     effects = problem.model.effects
     prices = _prices(effects, costs)
     asked = list(dict.fromkeys(cheapest(effects, costs, price) for price in prices))

@@ -59,8 +59,8 @@ class Problem:
         return tuple(group.ranks.index(rank) for group, rank in pairs)
 
 
-# An algorithm asks for choices, at most ``population`` of them, and is sent what was measured of each. It ends
-# when it has nothing more to ask; the same measurements make it ask the same.
+# An algorithm asks for choices, at most ``population`` of them, and is sent what was measured of each. It
+# ends when it has nothing more to ask; the same measurements make it ask the same.
 Algorithm = Callable[[Problem], Generator[list[Choice], list[Measured], None]]
 
 
