@@ -22,7 +22,17 @@ from comps.finetuning.jobs.dispatcher import Dispatcher
 from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.metrics import StoreMetrics
-from comps.finetuning.routes import adapters, checkpoints, events, files, jobs, logs, models, uploads
+from comps.finetuning.routes import (
+    adapters,
+    checkpoints,
+    events,
+    files,
+    jobs,
+    logs,
+    models,
+    searches,
+    uploads,
+)
 from comps.finetuning.settings import Settings, is_loopback
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
@@ -32,7 +42,9 @@ NAME = "opea_service@finetuning"
 TITLE = "Fine-tuning service"
 DESCRIPTION = "Fine-tunes language models: LoRA with elastic ranks (NLS), sub-adapters, merged models."
 
-ROUTERS = tuple(part.router for part in (files, uploads, jobs, events, checkpoints, logs, adapters, models))
+ROUTERS = tuple(
+    part.router for part in (files, uploads, jobs, events, checkpoints, logs, adapters, searches, models)
+)
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 

@@ -156,7 +156,8 @@ class ExtractSpec(Spec):
     """Cut the sub-adapter ``version`` out of a super-adapter's directory.
 
     ``config`` gives one rank per group, group-major then layer, and is needed for versions that
-    are not ``maximal``, ``heuristic`` or ``minimal``. ``form``: ``pattern`` keeps per-module ranks
+    are not ``maximal``, ``heuristic``, ``minimal`` or ``learned``; ``search`` is the id of the search that
+    has found it, if one has. ``form``: ``pattern`` keeps per-module ranks
     (stock PEFT), ``uniform`` pads with zeros to the super-adapter's rank.
     """
 
@@ -168,6 +169,7 @@ class ExtractSpec(Spec):
     config: tuple[int, ...] | None = None
     form: Literal["pattern", "uniform"] = "pattern"
     output: Path
+    search: str | None = None
 
 
 class MergeSpec(Spec):

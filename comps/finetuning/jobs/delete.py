@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from comps.cores.errors import Conflict, ServiceError
 from comps.finetuning.jobs.find import find_job
+from comps.finetuning.jobs.searches import find_search
 from comps.finetuning.jobs.states import TERMINAL
 from comps.finetuning.jobs.uses import check_not_a_base, check_not_read, is_in, shown
 from comps.finetuning.owner import Owner
@@ -55,6 +56,23 @@ def delete_job(database: Database, settings: Settings, job_id: str, owner: Owner
         for run in runs:
             session.delete(run)
             taken.take(settings.jobs_dir / run.id)
+
+
+def delete_search(database: Database, settings: Settings, search_id: str, owner: Owner) -> None:
+    """Remove a search that has ended; what was extracted by it stays. Raises as :func:`delete_job`."""
+    with removal(settings.data_dir) as taken, database.session() as session:
+        search = find_search(session, search_id, owner)
+        if search.status not in TERMINAL:
+            raise Conflict(
+                f"The search {search.id} is {search.status}: cancel it first, with "
+                f"POST /v1/finetune/search/{search.id}/cancel.",
+                param="search_id",
+                code="job_not_ended",
+            )
+        directory = settings.jobs_dir / search.id
+        _check_gone(search, directory)
+        session.delete(search)
+        taken.take(directory)
 
 
 def _check_unused(session: Session, job: JobRow, directory: Path, owner: Owner) -> None:

@@ -72,9 +72,16 @@ def _finish_adapter(session: Session, job: JobRow, result: dict[str, Any]) -> No
     )
 
 
+def _finish_search(session: Session, job: JobRow, result: dict[str, Any]) -> None:
+    """Nothing is made of it yet: extraction takes ``best`` and ``pareto-<k>`` from the result."""
+    message = "The search has succeeded: its best sub-adapter is the adapter_version 'best'"
+    transition(session, job, "succeeded", message, result=result, cpus=None)
+
+
 # What success means for each kind of job.
 _FINISH: dict[str, Callable[[Session, JobRow, dict[str, Any]], None]] = {
     "fine_tuning": _finish_training,
     "extract": _finish_adapter,
     "merge": _finish_adapter,
+    "search": _finish_search,
 }

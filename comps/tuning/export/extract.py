@@ -36,9 +36,9 @@ def extract(spec: ExtractSpec) -> dict[str, Any]:
     The directory appears whole or not at all. Asked again for what is already there, it is left as it
     is, with whatever was derived from it (a merged model inside it, for example).
 
-    Returns ``{"version", "path", "ranks", "groups": [{"modules", "layer", "rank"}], "parameters"}``:
-    ``ranks`` in the order of a configuration, ``parameters`` the number of adapter weights (padding not
-    counted).
+    Returns ``{"version", "path", "ranks", "groups": [{"modules", "layer", "rank"}], "parameters"}``, and
+    ``search`` if one has found it: ``ranks`` in the order of a configuration, ``parameters`` the number of
+    adapter weights (padding not counted).
 
     Raises:
         AdapterError: it is no super-adapter, it is damaged, or the configuration does not fit it.
@@ -81,11 +81,13 @@ def _report(
         ],
         "parameters": space.parameters(ranks) + plain,
         "super_adapter_sha256": digest,
+        **({"search": spec.search} if spec.search else {}),
     }
 
 
 def _answer(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    return {"path": str(path)} | {key: report[key] for key in ("version", "ranks", "groups", "parameters")}
+    keys = ("version", "ranks", "groups", "parameters", "search")
+    return {"path": str(path)} | {key: report[key] for key in keys if key in report}
 
 
 def _write_weights(path: Path, adapter: Adapter, ranks: dict[str, int], *, pad: bool) -> None:
