@@ -13,7 +13,7 @@ from comps.tuning.data.tokenise import Row
 from comps.tuning.evaluation.scores import RowScore
 from comps.tuning.training.loss import keeps_positions
 
-_CHUNK = 2**24  # logits at a time, 64 MB of them
+CHUNK = 2**24  # logits at a time, 64 MB of them
 
 
 @torch.inference_mode()
@@ -42,7 +42,7 @@ def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """``logits`` [N, vocabulary], ``ids`` [N]: each id's log-likelihood, and whether it is the likeliest."""
     found = torch.empty(len(ids), dtype=torch.float32, device=ids.device)
     greedy = torch.empty(len(ids), dtype=torch.bool, device=ids.device)
-    rows = max(1, _CHUNK // logits.shape[-1])
+    rows = max(1, CHUNK // logits.shape[-1])
     for start in range(0, len(ids), rows):
         part = slice(start, start + rows)
         each = logits[part].float()
