@@ -82,10 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     _show(result)
     last = (directory / EVENTS).read_text(encoding="utf-8").splitlines()[-1]
-    print(
     print(f"\n{json.loads(last)['message']}.")
     print(f"The report is in {directory / OUTPUT}, the adapter in {best['path']}")
-    )
     return 0
 
 

@@ -29,7 +29,11 @@ WAYS = {
 }
 QUESTIONS = [
     {"question": "Which is a metal?", "choices": ["iron", "wood", "water and air"], "answer": 0},
-    {"question": "Which is larger, in the sky above us?", "choices": ["the sun", "the moon"], "answer": "the sun"},
+    {
+        "question": "Which is larger, in the sky above us?",
+        "choices": ["the sun", "the moon"],
+        "answer": "the sun",
+    },
     {"question": "True?", "choices": ["t", "f", "both of them, and neither", "it"], "answer": 3},
     {"question": "Which comes first?", "input": "a, b", "choices": ["a", "b"], "answer": 1},
     {"question": "Begins alike?", "choices": ["the same", "the same end"], "answer": 1},
@@ -88,7 +92,9 @@ def test_several_configurations_score_what_each_scores_alone(family: str, copies
     active = controller.active
     scorer = Scorer(model, controller, tokens=100, copies=copies)
     assert scorer.way == WAYS[family]
-    for scores, config, each in zip(scorer.score(items, configurations), configurations, expected, strict=True):
+    for scores, config, each in zip(
+        scorer.score(items, configurations), configurations, expected, strict=True
+    ):
         assert scores.configuration == config
         for result, rows in zip(scores.results, each, strict=True):
             for found, row in zip(result, rows, strict=True):

@@ -43,8 +43,12 @@ class Joined:
             self._weight = joined
         else:
             self._weight = bases[0].weight.data
-        biases = [base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
-        self._bias = torch.cat([bias.detach() for bias in biases]) if any(b.bias is not None for b in bases) else None
+        biases = [
+            base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases
+        ]
+        self._bias = (
+            torch.cat([bias.detach() for bias in biases]) if any(b.bias is not None for b in bases) else None
+        )
         self.adapters = []
         start = 0
         for each in linears:

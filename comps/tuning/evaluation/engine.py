@@ -37,7 +37,10 @@ class Engine:
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, controller: ElasticController | None = None, way: str = "fused"
+        self,
+        model: PreTrainedModel | PeftModel,
+        controller: ElasticController | None = None,
+        way: str = "fused",
     ) -> None:
         self._model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self._controller = controller

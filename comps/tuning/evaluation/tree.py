@@ -175,7 +175,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: fl
     torch.add(hidden[:, None], within, alpha=scaling, out=scores[..., shared:])
     if shared:
         first_q = query[:, :shared].permute(2, 0, 3, 1, 4).reshape(one, group * shared, size)
-        first_k, first_v = (e[:, :shared].permute(2, 0, 1, 3).reshape(one, shared, size) for e in (key, value))
+        first_k, first_v = (
+            e[:, :shared].permute(2, 0, 1, 3).reshape(one, shared, size) for e in (key, value)
+        )
         scores.view(one, -1, shared + tree.length)[..., :shared].baddbmm_(
             q.view(one, -1, size), first_k.transpose(1, 2), beta=0, alpha=scaling
         )
