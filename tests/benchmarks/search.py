@@ -1,4 +1,4 @@
-"""Is a search worth it? Base, LoRA, the named sub-adapters and what each search finds, on a test split.
+r"""Is a search worth it? Base, LoRA, the named sub-adapters and what each search finds, on a test split.
 
     python -m tests.benchmarks.search --model DIR --train ARC-Easy/train.json --test ARC-Easy/test.json \
         --directory out --seeds 1 2 3 --evals 50 200
@@ -6,9 +6,10 @@
 For each seed a plain LoRA of rank 16 and an NLS super-adapter (three groups, ranks 16, 12, 8) are trained on
 the training questions but for the last ``--held-out`` ones, which are all that any search sees: ``--items``
 of them while it searches, all of them for its finalists. Then everything is scored once on the test split,
-which no choice has seen (``acc_norm``, the choices' texts, the prompts of training). ``learned`` is what the training
-itself speaks for; its additive model is also compared with the real scores of random configurations (Spearman's
-rank correlation). All that is done is kept in ``--directory``, and is not done again by the next call.
+which no choice has seen (``acc_norm``, the choices' texts, the prompts of training). ``learned`` is what the
+training itself speaks for; its additive model is also compared with the real scores of random configurations
+(Spearman's rank correlation). All that is done is kept in ``--directory``, and is not done again by the next
+call.
 """
 
 from __future__ import annotations
@@ -159,9 +160,8 @@ class Judge:
                 model, controller = load_elastic(model, adapter, load_space(adapter))
             elif adapter is not None:
                 model = peft.PeftModel.from_pretrained(model, adapter).eval()
-            for config, found in zip(
-                missing, Scorer(model, controller).score(self._items, missing), strict=True
-            ):
+            scored = Scorer(model, controller).score(self._items, missing)
+            for config, found in zip(missing, scored, strict=True):
                 self._known[f"{adapter}/{config}"] = found.per_item(METRIC)
             rundir.write_json(self._path, self._known)
         return [self._known[name] for name in names]
@@ -170,7 +170,7 @@ class Judge:
 def correlation(
     options: argparse.Namespace, super_adapter: Path, validation: Path, seed: int
 ) -> dict[str, float]:
-    """Spearman's of the additive model's losses with real ones and with acc_norm, over random configurations."""
+    """Spearman's of what the model predicts with real losses and acc_norm, of random configurations."""
     path = options.directory / f"seed-{seed}" / f"correlation-{options.correlate}.json"
     if path.is_file():
         known: dict[str, float] = json.loads(path.read_text())
@@ -249,7 +249,7 @@ def one_seed(options: argparse.Namespace, judge: Judge, data: Path, validation: 
         print(
             f"- {name}: {result['configurations']} configurations in {result['seconds']} s; on its own items "
             f"{result['best']['score']:.4f}, on {fresh.get('scored_items')} others "
-            f"{fresh.get('gain', math.nan):+.4f} ± {fresh.get('gain_stderr') or math.nan:.4f} over the heuristic"
+            f"{fresh.get('gain', math.nan):+.4f} ± {fresh.get('gain_stderr') or math.nan:.4f} against heuristic"
         )
     if options.correlate:
         print(f"- learned against real scores: {correlation(options, nls, validation, seed)}")
