@@ -115,7 +115,7 @@ def test_a_search_by_questions_leaves_its_report_over_http(service: ServiceProce
     assert (search["metric"], search["algorithm"]) == ("acc_norm", "nsga2")
     assert 0 <= search["best"]["score"] <= 1
     files = {
-        name: service.http.get(f"{SEARCH}/{search['id']}/files/{name}") for name in search["result_files"]
+        name: service.http.get(f"{SEARCH}/{search['id']}/files/{name}") for name in search["report_files"]
     }
     assert {response.status_code for response in files.values()} == {200}
     rows = list(csv.DictReader(io.StringIO(files["search_progression.csv"].text)))

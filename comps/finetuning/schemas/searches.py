@@ -85,7 +85,7 @@ class SearchJob(BaseModel):
     references: dict[str, Any]
     finalists: list[dict[str, Any]]
     evaluations: dict[str, Any]
-    result_files: list[str] = Field(description="At `/v1/finetune/search/{search_id}/files/{name}`")
+    report_files: list[str] = Field(description="At `/v1/finetune/search/{search_id}/files/{name}`")
     output_dir: str
     warnings: list[str]
 
@@ -114,7 +114,7 @@ class SearchJob(BaseModel):
             references=result.get("references", {}),
             finalists=result.get("finalists", []),
             evaluations=result.get("evaluations", {}),
-            result_files=list(FILES) if row.status == "succeeded" else [],
+            report_files=list(FILES) if row.status == "succeeded" else [],
             output_dir=str(settings.jobs_dir / row.id / OUTPUT),
             warnings=row.warnings,
         )
