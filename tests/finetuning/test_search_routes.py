@@ -75,6 +75,11 @@ def begin(server: ServiceProcess, source: str, file_id: str) -> Any:
     return begin
 
 
+def extractions(database: Database) -> list[JobRow]:
+    with database.reading() as session:
+        return list(session.scalars(select(JobRow).where(JobRow.kind == "extract")))
+
+
 def refusal(response: httpx.Response, status: int, param: str) -> str:
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -143,7 +148,7 @@ def test_plain_lora_is_nothing_to_search(server: ServiceProcess, database: Datab
 
 
 def test_a_registered_super_adapter_needs_a_validation_file(
-    server: ServiceProcess, adapter: Path, begin: Any
+    server: ServiceProcess, adapter: Path, begin: Any, database: Database
 ) -> None:
     shutil.copytree(adapter, server.models_dir / "foreign" / "adapter", dirs_exist_ok=True)
     body = {"id": "foreign-super", "path": "foreign/adapter", "base_model": "org/search"}
@@ -152,6 +157,15 @@ def test_a_registered_super_adapter_needs_a_validation_file(
     assert "it is not known" in refusal(begin(**foreign, validation_file=None), 422, "validation_file")
     job = begin(**foreign).json()
     assert (job["model"], job["fine_tuning_job_id"], job["status"]) == ("foreign-super", None, "queued")
+    start_and_finish(database, job["id"], result_of(job))
+    best = {"model": "foreign-super", "adapter_version": "best", "wait": False}
+    assert server.http.post(EXTRACT, json=best | {"search_id": job["id"]}).status_code == 200
+    # Another adapter that is given the name later is not the one that was searched.
+    (extraction,) = (each for each in extractions(database) if each.source == "foreign-super")
+    server.http.post(f"/v1/fine_tuning/jobs/{extraction.id}/cancel")
+    assert server.http.delete("/v1/models/foreign-super").status_code == 200
+    assert server.http.post("/v1/models", json=body).status_code == 200
+    assert "none of the model" in refusal(server.http.post(EXTRACT, json=best), 422, "adapter_version")
 
 
 def test_the_data_trained_on_is_no_validation_and_a_test_split_is_warned_of(

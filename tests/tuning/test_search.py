@@ -197,6 +197,10 @@ def test_an_earlier_search_is_used_where_it_fits_and_changes_no_result(
     )
     assert without_times(search(again)) == without_times(found)
     assert len((tmp_path / FILE).read_text().splitlines()) == 1, "nothing was scored"
+    fewer = again.model_copy(update={"directory": tmp_path / "fewer", "items": 20, "num_evals": 3})
+    result = search(fewer)
+    assert result is not None
+    assert result["items"] == 20
     other = again.model_copy(update={"directory": tmp_path / "other", "metric": "acc_norm"})
     assert without_times(search(other)) != without_times(found)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from sqlalchemy import ColumnElement, Select, select
+from sqlalchemy import ColumnElement, Select, exists, select
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import InvalidRequest
-from comps.finetuning.store.tables import JobRow
+from comps.finetuning.store.tables import JobRow, ModelRow
 
 BEST = "best"
 _SEARCHED = re.compile(rf"{BEST}|pareto-(\d{{1,9}})")
@@ -20,9 +20,13 @@ def is_searched(version: str) -> bool:
 
 
 def finished_searches(source: str, *conditions: ColumnElement[bool]) -> Select[JobRow]:
-    """The searches of a job or model that have succeeded, newest first."""
+    """The searches of a job or model that have succeeded, newest first.
+
+    Those of an earlier model of the same name are not of this one.
+    """
+    registered_since = exists().where(ModelRow.id == source, ModelRow.created_at > JobRow.created_at)
     query = select(JobRow).where(JobRow.kind == "search", JobRow.source == source, *conditions)
-    return query.where(JobRow.status == "succeeded").order_by(JobRow.sequence.desc())
+    return query.where(JobRow.status == "succeeded", ~registered_since).order_by(JobRow.sequence.desc())
 
 
 def found_by_search(

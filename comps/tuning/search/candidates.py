@@ -90,11 +90,9 @@ def open_candidates(spec: SearchSpec) -> Candidates:
     with open(adapter.weights, "rb") as stream:
         weights = hashlib.file_digest(stream, "sha256").hexdigest()
     searched = min(spec.items or min(_ITEMS, -(-2 * len(items) // 3)), len(items))
-    items = items[: min(len(items), max(searched, spec.all_items or 4 * searched))]
-    return Candidates(
-        space, items, searched, metric, f"{weights}/{items.hash}/{metric}", plain, linear,
-        Scorer(model, controller),
-    )  # fmt: skip
+    key = f"{weights}/{items.hash}/{metric}"  # of all of them: their order is the same for every search
+    items = items[: max(searched, spec.all_items or 4 * searched)]
+    return Candidates(space, items, searched, metric, key, plain, linear, Scorer(model, controller))
 
 
 def load_elastic(
