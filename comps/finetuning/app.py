@@ -31,9 +31,11 @@ from comps.finetuning.routes import (
     logs,
     models,
     searches,
+    sqft,
     uploads,
 )
 from comps.finetuning.settings import Settings, is_loopback
+from comps.finetuning.sparsity import SparsityReports
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
 from comps.finetuning.sweep import sweep_hourly, tidy
@@ -43,7 +45,8 @@ TITLE = "Fine-tuning service"
 DESCRIPTION = "Fine-tunes language models: LoRA with elastic ranks (NLS), sub-adapters, merged models."
 
 ROUTERS = tuple(
-    part.router for part in (files, uploads, jobs, events, checkpoints, logs, adapters, searches, models)
+    part.router
+    for part in (files, uploads, jobs, events, checkpoints, logs, adapters, searches, sqft, models)
 )
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -134,6 +137,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings, app.state.database, app.state.blobs = settings, database, blobs
     app.state.news = news
+    app.state.sparsity = SparsityReports()
     limit = settings.max_concurrent_uploads
     app.state.upload_slots = UploadSlots(limit, "FINETUNING_MAX_CONCURRENT_UPLOADS")
     app.state.completing = asyncio.Lock()

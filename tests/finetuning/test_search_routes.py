@@ -235,7 +235,7 @@ def test_a_search_keeps_what_it_reads_from_being_deleted(
     search = begin(validation_file=file_id).json()["id"]
     assert server.http.delete(f"/v1/files/{file_id}").status_code == 409
     assert search in server.http.delete(f"/v1/fine_tuning/jobs/{source}").text
-    assert "cancel it first" in refusal(server.http.delete(f"{SEARCH}/{search}"), 409, "search_id")
+    assert "cancel it first" in refusal(server.http.delete(f"{SEARCH}/{search}"), 409, "fine_tuning_job_id")
     server.http.post(f"{SEARCH}/{search}/cancel")
     assert server.http.delete(f"/v1/fine_tuning/jobs/{source}").status_code == 200
     assert server.http.get(f"{SEARCH}/{search}").status_code == 404

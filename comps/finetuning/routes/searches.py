@@ -18,7 +18,7 @@ from comps.finetuning.dependencies import (
     SettingsDep,
 )
 from comps.finetuning.jobs import control
-from comps.finetuning.jobs.delete import delete_search
+from comps.finetuning.jobs.delete import delete_job
 from comps.finetuning.jobs.repeats import once
 from comps.finetuning.jobs.searches import create_search, find_search, visible_searches
 from comps.finetuning.routes.pages import After, Limit, newest_first
@@ -101,5 +101,7 @@ def remove_search(
     search_id: SearchPath, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
 ) -> SearchDeleted:
     """Remove a search that has ended; what was extracted by it stays."""
-    delete_search(database, settings, search_id, owner)
+    with database.reading() as session:
+        find_search(session, search_id, owner)
+    delete_job(database, settings, search_id, owner)
     return SearchDeleted(id=search_id)

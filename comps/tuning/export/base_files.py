@@ -47,7 +47,9 @@ def find_base(model: ModelSpec) -> BaseFiles:
     config = _read_json(directory / CONFIG, model)
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "some method") if isinstance(quantised, dict) else quantised
-        raise ModelError(f"the base model {model.name} is quantised ({method}) and cannot be merged into")
+        raise ModelError(
+            f"the base model {model.name} is quantised ({method}); weights in floating point are needed"
+        )
     index = None
     if (directory / INDEX).is_file():
         index = _read_json(directory / INDEX, model)
