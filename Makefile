@@ -55,6 +55,8 @@ soak: setup
 
 # DATA: instruction records; what the log quotes was measured with ARC-Easy (examples/prepare_arc.py).
 DATA ?= examples/data/bookings_train.json
+# QUESTIONS: a file of multiple choice, such as LLM-Adapters' ARC-Easy/test.json; without it, no evaluations are timed.
+QUESTIONS ?=
 bench: model
 	$(BIN)/python -m tests.benchmarks.startup --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.training --model $(MODEL) --data $(DATA)
@@ -62,6 +64,7 @@ bench: model
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs fusing --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pruning --model $(MODEL) --data $(DATA)
+	$(if $(QUESTIONS),$(BIN)/python -m tests.benchmarks.evaluation --model $(MODEL) --data $(QUESTIONS))
 
 scaling: setup
 	$(BIN)/pip install -q $(shell grep -oE 'matplotlib==[0-9.]+' pyproject.toml)

@@ -25,6 +25,7 @@ from comps.finetuning.metrics import StoreMetrics
 from comps.finetuning.routes import (
     adapters,
     checkpoints,
+    evaluations,
     events,
     files,
     jobs,
@@ -46,7 +47,19 @@ DESCRIPTION = "Fine-tunes language models: LoRA with elastic ranks (NLS), sub-ad
 
 ROUTERS = tuple(
     part.router
-    for part in (files, uploads, jobs, events, checkpoints, logs, adapters, searches, sqft, models)
+    for part in (
+        files,
+        uploads,
+        jobs,
+        events,
+        checkpoints,
+        logs,
+        adapters,
+        searches,
+        evaluations,
+        sqft,
+        models,
+    )
 )
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 

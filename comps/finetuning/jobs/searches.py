@@ -62,6 +62,7 @@ def create_search(
         **_data(settings, training, file),
         known=tuple(settings.jobs_dir / search.id / EVALUATIONS for search in earlier),
         resources=ResourcesSpec(cpus=request.resources_per_worker.CPU),
+        texts=request.choices == "texts",
         **fields,
     )
     warnings = request_warnings(request)

@@ -48,8 +48,8 @@ class SearchRequest(SourceRequest):
         5, description="Of the front, how many are scored on more items"
     )
     halving: bool = Field(True, description="False: score every sub-adapter on all items")
-    texts: bool = Field(
-        False, description="Of answers listed as `Answer1: ...`, choose among the texts and not the labels"
+    choices: Literal["labels", "texts"] = Field(
+        "labels", description="What LLM-Adapters' questions are answered with: `answer2`, or its text"
     )
     resources_per_worker: WorkerResources = WorkerResources()
 

@@ -15,7 +15,9 @@ _REQUIRED: dict[Shape, tuple[str, ...]] = {
     "messages": ("messages",),
     "text": ("text",),
 }
-FIELDS = frozenset(field for fields in _REQUIRED.values() for field in fields) | {"input"}
+# What makes a question of a record, to be evaluated on (see comps.tuning.evaluation.questions).
+_QUESTION = {"question", "choices", "answer", "answerKey"}
+FIELDS = frozenset(field for fields in _REQUIRED.values() for field in fields) | {"input"} | _QUESTION
 
 _DESCRIPTIONS: dict[Shape, str] = {
     "alpaca": "Alpaca (instruction, input, output)",

@@ -14,8 +14,8 @@ so that its prompt is the one of training, with the answers to choose from besid
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -192,17 +192,7 @@ def _from_text(instruction: str, labels: list[str]) -> tuple[str, list[str]]:
 
 def spread(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
     """``limit`` of the questions, drawn without looking at them and in their order; all without a limit."""
-    import random
-
     if limit is None or limit >= len(questions):
         return questions
     places = sorted(random.Random(seed).sample(range(len(questions)), limit))
     return [questions[place] for place in places]
-
-
-def iter_values(questions: list[Question]) -> Iterator[str]:
-    """What each question's final answer is: ``value``, or the response."""
-    from comps.tuning.data.prompts import expected_response
-
-    for question in questions:
-        yield question.value if question.value is not None else expected_response(question.record)

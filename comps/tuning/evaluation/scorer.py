@@ -8,10 +8,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from comps.tuning.elastic.model import ElasticController
+from comps.tuning.evaluation import tree
 from comps.tuning.evaluation.engine import Engine
 from comps.tuning.evaluation.items import Item, Items
 from comps.tuning.evaluation.scores import Configuration, ItemScore, Scores
-from comps.tuning.evaluation.tree import own_tokens
 
 # (items scored so far, items to score), an item of two configurations counting twice. May raise, to stop.
 Progress = Callable[[int, int], None]
@@ -98,7 +98,7 @@ class Scorer:
         if self.way == "padded":
             sizes = [max(len(row.ids) for row in item.rows) * len(item.rows) for item in items]
         else:
-            sizes = [own_tokens(item)[1] for item in items]
+            sizes = tree.sizes(items)
         order = sorted(range(len(items)), key=lambda place: -sizes[place])
         found: list[list[Item]] = []
         room = 0

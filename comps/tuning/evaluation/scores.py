@@ -101,9 +101,10 @@ class Scores:
                 for name in CHOICE_METRICS:
                     record[name] = int(_chosen(item, score, name) == item.answer)
                 record["chosen"] = _chosen(item, score, "acc")
-            record["log_likelihoods"] = [row.log_likelihood for row in score]
-            record["tokens"] = [row.tokens for row in score]
-            record["greedy"] = [row.greedy for row in score]
+                record["log_likelihoods"] = [row.log_likelihood for row in score]
+            else:
+                (row,) = score
+                record |= {"log_likelihood": row.log_likelihood, "tokens": row.tokens, "greedy": row.greedy}
             yield record
 
     @staticmethod

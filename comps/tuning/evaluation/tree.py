@@ -63,11 +63,17 @@ class Packed:
         return self.ids.shape[0]
 
 
-def own_tokens(item: Item) -> tuple[int, int]:
-    """How many tokens an item's rows have in common, and how many they are with these counted once."""
-    needed = [_needed(row) for row in item.rows]
-    common = _common([row.ids for row in item.rows], min(needed))
-    return common, common + sum(each - common for each in needed)
+def sizes(items: Sequence[Item]) -> list[int]:
+    """How many tokens each item adds to a batch of all of them."""
+    if not items:
+        return []
+    shared = _common([row.ids for item in items for row in item.rows], len(items[0].rows[0].ids))
+    found = []
+    for item in items:
+        needed = [_needed(row) for row in item.rows]
+        common = _common([row.ids for row in item.rows], min(needed))
+        found.append(common + sum(each - common for each in needed) - min(shared, common))
+    return found
 
 
 def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> Packed:
@@ -101,9 +107,9 @@ def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> Packed:
             part += [choice] * (end - common)
             number += 1
         parts.append(part)
-    source, label, of_row = torch.tensor(scored, device=device).unbind(1)
-    size = int(label.max()) + 1
-    code, wanted = torch.unique(source * size + label, return_inverse=True)
+    sources, labels, of_row = torch.tensor(scored, device=device).unbind(1)
+    size = int(labels.max()) + 1
+    code, wanted = torch.unique(sources * size + labels, return_inverse=True)
     return Packed(
         ids=torch.tensor(ids, device=device),
         positions=torch.tensor(positions, device=device),
@@ -136,15 +142,15 @@ def _tree(shared: int, parts: list[list[int]], device: torch.device | str) -> Tr
     part = torch.zeros(len(parts), longest, dtype=torch.long)
     for number, each in enumerate(parts):
         part[number, : len(each)] = torch.tensor(each)
-    place = torch.arange(longest)
-    real = place < lengths[:, None]
+    places = torch.arange(longest)
+    real = places < lengths[:, None]
     sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-    sees &= (place[:, None] >= place) & real[:, None, :]
+    sees &= (places[:, None] >= places) & real[:, None, :]
     sees |= ~real[:, :, None]
     spread = collect = None
     if not bool(real.all()):
         starts = lengths.cumsum(0) - lengths
-        spread = torch.where(real, starts[:, None] + place, 0).flatten().to(device)
+        spread = torch.where(real, starts[:, None] + places, 0).flatten().to(device)
         collect = real.flatten().nonzero().squeeze(1).to(device)
     return Tree(shared, len(parts), longest, spread, collect, sees.to(device))
 
@@ -152,7 +158,7 @@ def _tree(shared: int, parts: list[list[int]], device: torch.device | str) -> Tr
 def attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float | None) -> Tensor:
     """``query`` ``[P, T, K, G, D]``, ``key`` and ``value`` ``[P, T, K, D]`` of P copies of a batch of T
     tokens, with K key heads of G queries each; to ``[P, T, K, G, D]``."""
-    copies, tokens, keys, group, size = query.shape
+    copies, _, keys, group, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
     places, shared = tree.items * tree.length, tree.shared
     if copies * keys * group * places * (shared + tree.length) > _LARGEST:
@@ -164,7 +170,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: fl
         rest = each[:, shared:]
         if tree.spread is not None:
             rest = rest.index_select(1, tree.spread)
-        rest = rest.unflatten(1, (tree.items, tree.length)).movedim(3, 0)
+        rest = rest.reshape(copies, tree.items, tree.length, *rest.shape[2:]).movedim(3, 0)
         return rest.transpose(3, 4).contiguous() if each.dim() == 5 else rest.contiguous()
 
     q, k, v = own(query), own(key), own(value)
@@ -196,15 +202,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: fl
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float) -> Tensor:
     """The same, without a tensor of all scores; for long rows."""
-    copies, tokens, keys, group, size = query.shape
+    copies, _, keys, group, _ = query.shape
     shared = tree.shared
     query = query.flatten(2, 3)
     if group > 1:
         key, value = (each.repeat_interleave(group, 2) for each in (key, value))
     output = torch.empty_like(query)
     if shared:
-        parts = (each[:, :shared].transpose(1, 2) for each in (query, key, value))
-        found = functional.scaled_dot_product_attention(*parts, is_causal=True, scale=scaling)
+        q, k, v = (each[:, :shared].transpose(1, 2) for each in (query, key, value))
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
         output[:, :shared] = found.transpose(1, 2)
     mask = functional.pad(tree.sees, (shared, 0), value=True)
     for copy in range(copies):
@@ -221,7 +227,8 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: fl
         found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scaling)
         rest = found.transpose(1, 2).flatten(0, 1)
         output[copy, shared:] = rest if tree.collect is None else rest.index_select(0, tree.collect)
-    return output.unflatten(2, (keys, group))
+    result: Tensor = output.unflatten(2, (keys, group))
+    return result
 
 
 def attend(
