@@ -147,8 +147,7 @@ class Judge:
         names = [f"{adapter}/{config}" for config in configs]
         missing = [config for name, config in zip(names, configs, strict=True) if name not in self._known]
         if missing:
-            import peft
-
+            from comps.tuning.elastic.model import load_adapter
             from comps.tuning.elastic.read_space import load_space
             from comps.tuning.evaluation.scorer import Scorer
             from comps.tuning.models.load import load_base_model
@@ -159,7 +158,7 @@ class Judge:
             if adapter is not None and missing != [None]:
                 model, controller = load_elastic(model, adapter, load_space(adapter))
             elif adapter is not None:
-                model = peft.PeftModel.from_pretrained(model, adapter).eval()
+                model = load_adapter(model, adapter)
             scored = Scorer(model, controller).score(self._items, missing)
             for config, found in zip(missing, scored, strict=True):
                 self._known[f"{adapter}/{config}"] = found.per_item(METRIC)

@@ -115,7 +115,9 @@ class LoraConfig(Tolerant):
         "step", description="Draw new ranks for each optimizer step, or for each micro-batch of it"
     )
 
-    sparse_adapter: NotYet = False
+    sparse_adapter: bool = Field(
+        False, description="Keep the zeros of a pruned base model: they mask the adapter (SparsePEFT)"
+    )
     quantization_aware: NotYet = False
 
     bias: Any = unused("none", because="biases are not trained")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import peft
+from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 import patches
 from comps.tuning.elastic.space import SearchSpace, is_named
 from comps.tuning.errors import AdapterError
+from comps.tuning.export.adapter import is_sparse
 from comps.tuning.spec import LoraSpec
 from patches.peft import make_layer_elastic
+from patches.peft_sparse import SparseLoraConfig, make_layer_sparse
 
 
 @dataclass
@@ -87,10 +91,40 @@ def make_elastic(
     return ElasticController(space, states)
 
 
+def make_sparse(model: peft.PeftModel, adapter_name: str = "default") -> None:
+    """Mask the adapter of ``model``, elastic or not, by the zeros of its base's weights.
+
+    Raises:
+        AdapterError: a module's adapter cannot be masked.
+    """
+    patches.apply()
+    for module, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+            try:
+                make_layer_sparse(layer, adapter_name)
+            except (TypeError, ValueError) as error:
+                raise AdapterError(f"the module {module!r} cannot be sparse: {error}") from error
+
+
+def load_adapter(model: PreTrainedModel, directory: Path) -> peft.PeftModel:
+    """Put the adapter saved in ``directory`` on ``model``, to compute with it; masked where its config says
+    that it is sparse (stock PEFT would load it as a dense one).
+
+    Raises:
+        AdapterError: there is none, or it cannot be masked.
+    """
+    if not is_sparse(directory):
+        return peft.PeftModel.from_pretrained(model, directory).eval()
+    adapted = peft.PeftModel.from_pretrained(model, directory, config=SparseLoraConfig.read(directory))
+    make_sparse(adapted)
+    return adapted.eval()
+
+
 def build_adapter(
     model: PreTrainedModel, lora: LoraSpec, task_type: str | None = "CAUSAL_LM"
 ) -> tuple[peft.PeftModel, SearchSpace | None, ElasticController | None]:
-    """Put the adapter ``lora`` on ``model``: stock PEFT, elastic where ``lora.groups`` says so.
+    """Put the adapter ``lora`` on ``model``: stock PEFT, elastic where ``lora.groups`` says so, masked by the
+    zeros of the model's weights if ``lora.sparse``.
 
     Targets are ``lora.target_modules`` and the modules of the groups; with neither, PEFT's defaults
     for the architecture. The space and its controller are None for plain LoRA. ``task_type`` is PEFT's;
@@ -113,7 +147,8 @@ def build_adapter(
         isinstance(m, Conv1D) and any(is_named(name, target) for target in targets)
         for name, m in linear.items()
     )
-    config = peft.LoraConfig(
+    kind = SparseLoraConfig if lora.sparse else peft.LoraConfig
+    config = kind(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
@@ -123,6 +158,8 @@ def build_adapter(
         task_type=task_type,
     )
     adapted = peft.get_peft_model(model, config)
+    if lora.sparse:
+        make_sparse(adapted)
     return adapted, space, None if space is None else make_elastic(adapted, space)
 
 

@@ -40,7 +40,6 @@ _VARIANTS = (
     "layer_replication",
     "target_parameters",
     "trainable_token_indices",
-    "sparse_adapter",
 )
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -78,12 +77,31 @@ class Adapter:
     def weights(self) -> Path:
         return self.directory / WEIGHTS
 
+    @property
+    def sparse(self) -> bool:
+        """Whether ``s * B A`` counts only where the base's weight is not 0."""
+        return _is_sparse(self.config)
+
+
+def is_sparse(directory: Path) -> bool:
+    """:attr:`Adapter.sparse` of the adapter in ``directory``, whose tensors are not looked at.
+
+    Raises:
+        AdapterError: there is no config, or it is damaged or of another kind than plain LoRA.
+    """
+    return _is_sparse(_read_config(directory))
+
+
+def _is_sparse(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("sparse_adapter"))
+
 
 def read_adapter(directory: Path) -> Adapter:
     """Read the config and the header of the adapter in ``directory``.
 
     Raises:
-        AdapterError: files are missing, damaged or inconsistent, or the adapter is not plain LoRA.
+        AdapterError: files are missing, damaged or inconsistent, or the adapter is neither plain LoRA nor
+            a sparse one.
     """
     config = _read_config(directory)
     shapes = _read_shapes(directory)

@@ -20,7 +20,7 @@ from comps.tuning import rundir
 from comps.tuning.elastic.read_space import load_space
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.export.adapter import CONFIG, WEIGHTS, Adapter, LoraModule, read_adapter, read_json
-from comps.tuning.export.files import TOKENIZER, copy_files
+from comps.tuning.export.files import README, SPARSE_NOTE, TOKENIZER, copy_files
 from comps.tuning.search import learned
 from comps.tuning.spec import ExtractSpec
 
@@ -36,9 +36,10 @@ def extract(spec: ExtractSpec) -> dict[str, Any]:
     The directory appears whole or not at all. Asked again for what is already there, it is left as it
     is, with whatever was derived from it (a merged model inside it, for example).
 
-    Returns ``{"version", "path", "ranks", "groups": [{"modules", "layer", "rank"}], "parameters"}``, and
-    ``search`` if one has found it: ``ranks`` in the order of a configuration, ``parameters`` the number of
-    adapter weights (padding not counted).
+    Returns ``{"version", "path", "ranks", "groups": [{"modules", "layer", "rank"}], "parameters"}``:
+    ``ranks`` in the order of a configuration, ``parameters`` the number of adapter weights (padding not
+    counted), ``search`` if one has found it, and ``"sparse_adapter": True`` for a sparse one, which its
+    config says, too.
 
     Raises:
         AdapterError: it is no super-adapter, it is damaged, or the configuration does not fit it.
@@ -61,6 +62,8 @@ def extract(spec: ExtractSpec) -> dict[str, Any]:
         rundir.write_json(directory / CONFIG, config | {"init_lora_weights": True, "inference_mode": True})
         rundir.write_json(directory / REPORT, report)
         copy_files(spec.super_adapter, directory, TOKENIZER)
+        if adapter.sparse:
+            (directory / README).write_text(SPARSE_NOTE, encoding="utf-8")
     return _answer(spec.output, report)
 
 
@@ -71,7 +74,7 @@ def _report(
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     elastic = space.ranks
     plain = sum(m.rank * m.parameters_per_rank for name, m in adapter.modules.items() if name not in elastic)
-    return {
+    report = {
         "version": spec.version,
         "form": spec.form,
         "ranks": list(ranks),
@@ -83,11 +86,12 @@ def _report(
         "super_adapter_sha256": digest,
         **({"search": spec.search} if spec.search else {}),
     }
+    return report | ({"sparse_adapter": True} if adapter.sparse else {})
 
 
 def _answer(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    keys = ("version", "ranks", "groups", "parameters", "search")
-    return {"path": str(path)} | {key: report[key] for key in keys if key in report}
+    kept = ("version", "ranks", "groups", "parameters", "search", "sparse_adapter")
+    return {"path": str(path)} | {key: report[key] for key in kept if key in report}
 
 
 def _write_weights(path: Path, adapter: Adapter, ranks: dict[str, int], *, pad: bool) -> None:

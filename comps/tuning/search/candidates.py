@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from comps.tuning.data.dataset import build_datasets
 from comps.tuning.data.masking import IGNORED
 from comps.tuning.data.tokenise import Row
-from comps.tuning.elastic.model import ElasticController, make_elastic
+from comps.tuning.elastic.model import ElasticController, load_adapter, make_elastic
 from comps.tuning.elastic.read_space import load_space
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.errors import DataError
@@ -99,7 +99,7 @@ def load_elastic(
     base: PreTrainedModel, super_adapter: Path, space: SearchSpace
 ) -> tuple[peft.PeftModel, ElasticController]:
     """The super-adapter on ``base``, its ranks elastic, in evaluation mode."""
-    model = peft.PeftModel.from_pretrained(base, super_adapter).eval()
+    model = load_adapter(base, super_adapter)
     return model, make_elastic(model, space)
 
 
