@@ -65,8 +65,8 @@ bench: model
 	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs fusing --model $(MODEL) --data $(DATA)
-	$(if $(QUESTIONS),$(BIN)/python -m tests.benchmarks.evaluation --model $(MODEL) --data $(QUESTIONS))
 	$(BIN)/python -m tests.benchmarks.pruning --model $(MODEL) --data $(DATA)
+	$(if $(QUESTIONS),$(BIN)/python -m tests.benchmarks.evaluation --model $(MODEL) --data $(QUESTIONS))
 	$(BIN)/python -m tests.benchmarks.sparse --model $(MODEL) --data $(DATA)
 
 scaling: setup
