@@ -42,6 +42,13 @@ class RankGroup(Spec):
         return self
 
 
+class GridSpec(Spec):
+    """Four bits a weight: with a zero point for each group of inputs, or symmetric about 0."""
+
+    mode: Literal["int4_asym", "int4_sym"] = "int4_asym"
+    group_size: Literal[32, 64, 128] = 64
+
+
 class LoraSpec(Spec):
     """A LoRA adapter; with ``groups`` it is an NLS super-adapter of maximal rank ``r``."""
 
@@ -54,6 +61,8 @@ class LoraSpec(Spec):
     groups: tuple[RankGroup, ...] = ()
     # Sample once per optimizer step (default) or once per micro-batch, as the original does.
     sample_per: Literal["step", "micro_batch"] = "step"
+    # Quantisation-aware: the adapter is trained within the rounding to this grid, and is merged onto it.
+    grid: GridSpec | None = None
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> LoraSpec:
@@ -181,10 +190,28 @@ class MergeSpec(Spec):
     output: Path
 
 
-AnySpec = Annotated[TrainSpec | ExtractSpec | MergeSpec, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[TrainSpec | ExtractSpec | MergeSpec] = TypeAdapter(AnySpec)
+class QuantizeSpec(Spec):
+    """Put a base model's weights on integer grids; the new base model goes to ``output``.
+
+    ``embeddings``: 8 bits for the embeddings and the output head, or as they are stored. With ``openvino``
+    the model is also written as an OpenVINO model, in ``output/openvino``.
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    job_id: str
+    directory: Path
+    base_model: ModelSpec
+    grid: GridSpec = GridSpec()
+    embeddings: Literal["int8", "as_is"] = "int8"
+    openvino: bool = False
+    output: Path
 
 
-def load_spec(path: Path) -> TrainSpec | ExtractSpec | MergeSpec:
+_Any = TrainSpec | ExtractSpec | MergeSpec | QuantizeSpec
+AnySpec = Annotated[_Any, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[_Any] = TypeAdapter(AnySpec)
+
+
+def load_spec(path: Path) -> _Any:
     """Read a spec file. Raises ``pydantic.ValidationError`` for anything that is not a spec."""
     return _ADAPTER.validate_json(path.read_bytes())
