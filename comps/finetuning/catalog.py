@@ -18,8 +18,8 @@ from typing import Any
 
 from comps.cores.errors import InvalidRequest, NotFound, Unavailable
 from comps.finetuning.settings import Settings
-from comps.finetuning.weights import WeightsError, read_headers, weights_files
 from comps.tuning.export.files import VOCABULARIES, has_tokenizer
+from comps.tuning.models.weights import Header, WeightsError, read_headers, weights_files
 from comps.tuning.spec import ModelSpec
 from patches.transformers import causal_lm_types
 
@@ -231,15 +231,15 @@ def module_names(directory: Path) -> set[str]:
     the safetensors files. Raises :class:`InvalidRequest` as above.
     """
     found = set()
-    for name, shape in _tensors(directory):
-        module, _, parameter = name.rpartition(".")
+    for tensor in _tensors(directory):
+        module, _, parameter = tensor.name.rpartition(".")
         last = module.rpartition(".")[2]
-        if parameter in ("weight", "qweight") and len(shape) == 2 and not _EMBEDDING.fullmatch(last):
+        if parameter in ("weight", "qweight") and len(tensor.shape) == 2 and not _EMBEDDING.fullmatch(last):
             found.add(module)
     return found
 
 
-def _tensors(directory: Path) -> Iterator[tuple[str, list[int]]]:
+def _tensors(directory: Path) -> Iterator[Header]:
     try:
         files = weights_files(directory)
         if not files:

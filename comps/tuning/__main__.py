@@ -9,6 +9,7 @@ trying again would not change; a run that dies without one is started again by t
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import traceback
 from pathlib import Path
@@ -17,8 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from comps.tuning import attempt, rundir
-from comps.tuning.errors import TuningError
-from comps.tuning.spec import ExtractSpec, MergeSpec, TrainSpec, load_spec
+from comps.tuning.spec import AnySpec, TrainSpec, load_spec
 
 
 def main() -> int:
@@ -52,21 +52,21 @@ def main() -> int:
     return 0
 
 
-def _run(spec: TrainSpec | ExtractSpec | MergeSpec) -> dict[str, Any] | None:
-    if isinstance(spec, ExtractSpec):
-        from comps.tuning.export.extract import extract
+def _run(spec: AnySpec) -> dict[str, Any] | None:
+    """The work itself, in this process; what it needs is imported only now."""
+    module, _, function = _WORK[spec.kind].partition(":")
+    found: dict[str, Any] | None = getattr(importlib.import_module(module), function)(spec)
+    return found
 
-        return extract(spec)
-    if isinstance(spec, MergeSpec):
-        from comps.tuning.export.merge import merge
 
-        return merge(spec)
-    if spec.resources.num_workers > 1:
-        raise TuningError("more than one worker needs Ray", param="Training.num_training_workers")
-    from comps.tuning.training.loop import train
-
-    return train(spec)
-
+# What does the work of each kind of spec: a function of the spec that returns the run's result, or None when
+# it was asked to stop and did.
+_WORK = {
+    "train": "comps.tuning.training.loop:train_alone",
+    "extract": "comps.tuning.export.extract:extract",
+    "merge": "comps.tuning.export.merge:merge",
+    "quantize": "comps.tuning.quantised.quantize:quantize",
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())

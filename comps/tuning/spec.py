@@ -207,11 +207,10 @@ class QuantizeSpec(Spec):
     output: Path
 
 
-_Any = TrainSpec | ExtractSpec | MergeSpec | QuantizeSpec
-AnySpec = Annotated[_Any, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[_Any] = TypeAdapter(AnySpec)
+AnySpec = TrainSpec | ExtractSpec | MergeSpec | QuantizeSpec
+_ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
 
 
-def load_spec(path: Path) -> _Any:
+def load_spec(path: Path) -> AnySpec:
     """Read a spec file. Raises ``pydantic.ValidationError`` for anything that is not a spec."""
     return _ADAPTER.validate_json(path.read_bytes())

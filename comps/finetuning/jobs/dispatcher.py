@@ -155,14 +155,14 @@ class Dispatcher:
             self._validations.pop(job.id, None)
 
     async def _begin_waiting(self, jobs: list[JobRow]) -> None:
-        """Begin queued jobs in order while there is room. A training that has to wait holds back those
+        """Begin queued jobs in order while there is room. One that has to wait for cores holds back those
         behind it (first in, first out); the small kinds wait for each other only."""
         nodes = room.nodes(self._cluster.nodes())
         held = {job.id: room.held_by(job) for job in jobs if _holds_cores(job)}
-        small = sum(job.status == "running" and job.kind != "fine_tuning" for job in jobs)
+        small = sum(job.status == "running" and not _asks_for_cores(job) for job in jobs)
         waits = False
         for job in jobs:
-            if job.kind != "fine_tuning":
+            if not _asks_for_cores(job):
                 if job.status == "queued" and small < self.small_at_once:
                     small += 1
                     await self._alone(job, partial(self._runs.begin, wanted=None))
@@ -197,8 +197,13 @@ def _has_run(job: JobRow) -> bool:
     )
 
 
+def _asks_for_cores(job: JobRow) -> bool:
+    """Whether a job needs cores of its own, as all do but extractions and merges."""
+    return "resources" in job.spec
+
+
 def _holds_cores(job: JobRow) -> bool:
-    """Whether a training's processes are there, as far as is known: it runs, or was paused, paused and queued
+    """Whether such a job's processes are there, as far as is known: it runs, or was paused, paused and queued
     again, or cancelled, and has not left yet."""
     return job.cpus is not None and not job.stopped
 

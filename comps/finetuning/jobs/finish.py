@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import select
@@ -17,10 +18,8 @@ def finish(session: Session, job: JobRow, result: dict[str, Any]) -> None:
     """Apply a ``result.json`` (see ``comps.tuning.outcome``) to a running job."""
     if result["outcome"] == "failed":
         fail(session, job, **result["error"])
-    elif job.kind == "fine_tuning":
-        _finish_training(session, job, result)
     else:
-        _finish_adapter(session, job, result)
+        _FINISH[job.kind](session, job, result)
 
 
 def fail(
@@ -71,3 +70,11 @@ def _finish_adapter(session: Session, job: JobRow, result: dict[str, Any]) -> No
     transition(
         session, job, "succeeded", f"Written as {name}", fine_tuned_model=name, result=result, cpus=None
     )
+
+
+# What success means for each kind of job.
+_FINISH: dict[str, Callable[[Session, JobRow, dict[str, Any]], None]] = {
+    "fine_tuning": _finish_training,
+    "extract": _finish_adapter,
+    "merge": _finish_adapter,
+}

@@ -6,7 +6,6 @@ A model of the same configuration without any weights tells them, so that nothin
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from comps.tuning.errors import ModelError
 from comps.tuning.export.base_files import BaseFiles, find_tensor
 from comps.tuning.quantised.grid import Grid
+from comps.tuning.sparse.report import is_layer_linear
 from comps.tuning.spec import GridSpec, ModelSpec
 
-_IN_A_LAYER = re.compile(r"(?:.+\.)?\d+\..+")
 # As NNCF's default for embeddings and the last layer: 256 values a row.
 BYTES = Grid(bits=8, symmetric=False, group_size=None)
 
@@ -53,7 +52,7 @@ def layer_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and _IN_A_LAYER.fullmatch(name)
+        if isinstance(module, nn.Linear | Conv1D) and is_layer_linear(name)
     }
 
 

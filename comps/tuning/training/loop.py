@@ -58,6 +58,13 @@ def train(spec: TrainSpec, rank: int = 0) -> dict[str, Any] | None:
         return _train(spec, events)
 
 
+def train_alone(spec: TrainSpec) -> dict[str, Any] | None:
+    """:func:`train` without Ray. Raises :class:`TuningError` for a spec that asks for several workers."""
+    if spec.resources.num_workers > 1:
+        raise TuningError("more than one worker needs Ray", param="Training.num_training_workers")
+    return train(spec)
+
+
 def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any] | None:
     """``events`` is ``None`` on all ranks but 0."""
     began = time.monotonic()

@@ -1,0 +1,1 @@
+"""Sparse base models: pruning, and how many weights of a model are zero."""
