@@ -61,6 +61,7 @@ bench: model
 	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs fusing --model $(MODEL) --data $(DATA)
+	$(BIN)/python -m tests.benchmarks.pruning --model $(MODEL) --data $(DATA)
 
 scaling: setup
 	$(BIN)/pip install -q $(shell grep -oE 'matplotlib==[0-9.]+' pyproject.toml)

@@ -198,12 +198,17 @@ def check_mergeable(directory: Path) -> None:
     raise _unusable(directory, "has safetensors files without a tensor in them")
 
 
-def check_trainable(directory: Path, own_code: bool = False) -> None:
-    """As :func:`check_mergeable`, and the model must have a tokenizer and be a causal language model of a
-    type that transformers knows, unless ``own_code`` of it may say what it is."""
+def check_causal(directory: Path, own_code: bool = False) -> None:
+    """As :func:`check_mergeable`, and the model must be a causal language model of a type that transformers
+    knows, unless ``own_code`` of it may say what it is."""
     check_mergeable(directory)
     if not own_code and (fault := _unsupported(read_config(directory))):
         raise _unusable(directory, fault)
+
+
+def check_trainable(directory: Path, own_code: bool = False) -> None:
+    """As :func:`check_causal`, and the model must have a tokenizer."""
+    check_causal(directory, own_code)
     if not has_tokenizer(directory):
         names = ", ".join(VOCABULARIES)
         raise _unusable(directory, f"has no tokenizer ({names}), so it cannot be trained on")

@@ -66,6 +66,7 @@ _WORK = {
     "extract": "comps.tuning.export.extract:extract",
     "merge": "comps.tuning.export.merge:merge",
     "quantize": "comps.tuning.quantised.quantize:quantize",
+    "prune": "comps.tuning.sparse.prune:prune",
 }
 
 if __name__ == "__main__":

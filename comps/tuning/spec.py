@@ -8,7 +8,7 @@ Secrets never go into a spec: see ``comps.tuning.sealed``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
@@ -190,6 +190,53 @@ class MergeSpec(Spec):
     output: Path
 
 
+class CalibrationSpec(Spec):
+    """Records whose activations tell what matters in a base model: ``samples`` of them, drawn with ``seed``.
+
+    ``file`` is a path, ``name`` the client's name for it. Any shape of records will do; a row has at most
+    ``max_length`` tokens. The limits are those of :class:`DataSpec`.
+    """
+
+    file: Path
+    name: str = ""
+    samples: int = Field(128, ge=1)
+    max_length: int = Field(512, ge=2)
+    seed: int = 42
+    max_record_bytes: int = Field(10_000_000, ge=1)
+    max_records: int | None = Field(None, ge=1)
+
+
+Pattern = Literal["2:4", "4:8"]
+
+
+class PruneSpec(Spec):
+    """Prune a base model; the new one, called ``name``, goes to ``output``.
+
+    Either ``sparsity`` (the fraction of each output row's weights that become zero) or ``pattern`` N:M (of
+    each M consecutive inputs N stay). ``wanda`` needs ``calibration``, ``magnitude`` has no use for it.
+    """
+
+    kind: Literal["prune"] = "prune"
+    job_id: str
+    directory: Path
+    name: str
+    base_model: ModelSpec
+    method: Literal["wanda", "magnitude"] = "wanda"
+    sparsity: float | None = Field(None, gt=0, lt=1)
+    pattern: Pattern | None = None
+    calibration: CalibrationSpec | None = None
+    resources: ResourcesSpec = ResourcesSpec()
+    output: Path
+
+    @model_validator(mode="after")
+    def _complete(self) -> PruneSpec:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("exactly one of sparsity and pattern is needed")
+        if self.method == "wanda" and self.calibration is None:
+            raise ValueError("wanda needs calibration data")
+        return self
+
+
 class QuantizeSpec(Spec):
     """Put a base model's weights on integer grids; the new base model goes to ``output``.
 
@@ -207,8 +254,13 @@ class QuantizeSpec(Spec):
     output: Path
 
 
-AnySpec = TrainSpec | ExtractSpec | MergeSpec | QuantizeSpec
+AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | QuantizeSpec
 _ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
+
+
+def read_spec(fields: dict[str, Any]) -> AnySpec:
+    """A spec from its JSON object. Raises ``pydantic.ValidationError`` for anything that is not a spec."""
+    return _ADAPTER.validate_python(fields)
 
 
 def load_spec(path: Path) -> AnySpec:

@@ -55,6 +55,7 @@ POST   /v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/events
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/logs
+POST   /v1/sqft/prune
 GET    /v1/models
 POST   /v1/models
 GET    /v1/models/{model_id}

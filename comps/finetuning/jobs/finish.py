@@ -72,9 +72,27 @@ def _finish_adapter(session: Session, job: JobRow, result: dict[str, Any]) -> No
     )
 
 
+def _finish_base(session: Session, job: JobRow, result: dict[str, Any]) -> None:
+    """A new base model, under the name that its request has chosen or was given."""
+    name = job.spec["name"]
+    details = {
+        key: value for key, value in result.items() if key not in ("outcome", "path", "name", "base_model")
+    }
+    session.merge(
+        ModelRow(
+            id=name, kind="base", owner=job.owner, path=result["path"], base_model=job.model, job_id=job.id,
+            details=details,
+        )
+    )  # fmt: skip
+    transition(
+        session, job, "succeeded", f"Written as {name}", fine_tuned_model=name, result=result, cpus=None
+    )
+
+
 # What success means for each kind of job.
 _FINISH: dict[str, Callable[[Session, JobRow, dict[str, Any]], None]] = {
     "fine_tuning": _finish_training,
     "extract": _finish_adapter,
     "merge": _finish_adapter,
+    "prune": _finish_base,
 }

@@ -53,7 +53,7 @@ class FileRow(Base):
 
 
 class JobRow(Base):
-    """One run asked for over HTTP: ``kind`` is ``fine_tuning``, ``extract`` or ``merge``.
+    """One run asked for over HTTP: ``kind`` is ``fine_tuning``, ``extract``, ``merge`` or ``prune``.
 
     All kinds share the states, the queue, the directory layout and the reconciliation. ``spec`` is
     the run's spec as JSON (see ``comps.tuning.spec``), ``request`` what the client sent (without
@@ -74,7 +74,7 @@ class JobRow(Base):
     finished_at: Mapped[float | None]
 
     model: Mapped[str]  # the base model's name as the client wrote it
-    training_file: Mapped[str | None]  # file id
+    training_file: Mapped[str | None]  # file id; of a pruning, its calibration file
     validation_file: Mapped[str | None]
     suffix: Mapped[str | None]
     seed: Mapped[int] = mapped_column(default=42)

@@ -26,6 +26,7 @@ _DESCRIPTIONS: dict[Shape, str] = {
 TASK_SHAPES: dict[str, tuple[Shape, ...]] = {
     "instruction_tuning": ("alpaca", "prompt_completion", "messages"),
     "pretraining": ("text",),
+    "calibration": ("alpaca", "prompt_completion", "messages", "text"),
 }
 ROLES = ("system", "user", "assistant", "tool")
 _JSON_NAMES = {str: "a string", dict: "an object", list: "a list", bool: "a boolean", type(None): "null"}

@@ -46,6 +46,7 @@ def find_base(model: ModelSpec, quantised: str | None = None) -> BaseFiles:
     """
     directory = Path(model.path) if model.local else _snapshot(model)
     config = _read_json(directory / CONFIG, model)
+<<<<<<< HEAD
     if about := config.get("quantization_config"):
         method = about.get("quant_method", "some method") if isinstance(about, dict) else about
         if method != quantised:
@@ -53,6 +54,13 @@ def find_base(model: ModelSpec, quantised: str | None = None) -> BaseFiles:
                 f"the base model {model.name} is quantised already ({method}); this needs the model as it was "
                 "before"
             )
+=======
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "some method") if isinstance(quantised, dict) else quantised
+        raise ModelError(
+            f"the base model {model.name} is quantised ({method}); weights in floating point are needed"
+        )
+>>>>>>> prune
     index = None
     if (directory / INDEX).is_file():
         index = _read_json(directory / INDEX, model)
