@@ -15,9 +15,10 @@ from comps.finetuning.jobs.states import TERMINAL
 from comps.finetuning.jobs.uses import check_not_a_base, check_not_read, is_in, shown
 from comps.finetuning.owner import Owner
 from comps.finetuning.settings import Settings
+from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.removal import removal
-from comps.finetuning.store.tables import JobRow, ModelRow
+from comps.finetuning.store.tables import FileRow, JobRow, ModelRow
 from comps.tuning.attempt import is_held
 
 _PARAM = "fine_tuning_job_id"
@@ -54,9 +55,13 @@ def delete_job(database: Database, settings: Settings, job_id: str, owner: Owner
         for run in runs:
             _check_gone(run, settings.jobs_dir / run.id)
         session.execute(delete(ModelRow).where(ModelRow.job_id == job.id))
+        results = (job.result or {}).get("result_files", [])
+        session.execute(delete(FileRow).where(FileRow.id.in_(results)))
         for run in runs:
             session.delete(run)
             taken.take(settings.jobs_dir / run.id)
+    for file_id in results:
+        Blobs(settings.files_dir).delete(file_id)
 
 
 def _check_unused(session: Session, job: JobRow, directory: Path, owner: Owner) -> None:
