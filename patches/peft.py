@@ -106,7 +106,10 @@ def make_layer_elastic(layer: nn.Module, adapter_name: str, group: RankSource) -
     variant = layer.lora_variant.get(adapter_name)
     if variant is not None and not isinstance(variant, ElasticRank):
         raise ValueError(f"the adapter {adapter_name!r} is a {type(variant).__name__} and cannot be elastic")
-    layer.lora_variant[adapter_name] = ElasticRank(group)
+    if variant is None:
+        layer.lora_variant[adapter_name] = ElasticRank(group)
+    else:  # it may be sparse, too
+        variant.group = group
 
 
 def check_seam() -> None:

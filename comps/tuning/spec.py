@@ -69,6 +69,8 @@ class LoraSpec(Spec):
         for index, group in enumerate(self.groups):
             if group.ranks[0] > self.r:
                 raise ValueError(f"group {index} has rank {group.ranks[0]} above r={self.r}")
+        if self.grid and self.dropout:
+            raise ValueError("an adapter within a rounding has no dropout of its own input")
         return self
 
 
@@ -180,7 +182,11 @@ class ExtractSpec(Spec):
 
 
 class MergeSpec(Spec):
-    """Merge an adapter directory (any rank form) into its base model; the result goes to ``output``."""
+    """Merge an adapter directory (any rank form) into its base model; the result goes to ``output``.
+
+    ``openvino``: write the INT4 model that a quantisation-aware adapter gives as an OpenVINO model, too, in
+    ``output/openvino``.
+    """
 
     kind: Literal["merge"] = "merge"
     job_id: str
@@ -188,6 +194,7 @@ class MergeSpec(Spec):
     adapter: Path
     base_model: ModelSpec
     output: Path
+    openvino: bool = False
 
 
 class CalibrationSpec(Spec):
@@ -238,20 +245,31 @@ class PruneSpec(Spec):
 
 
 class QuantizeSpec(Spec):
-    """Put a base model's weights on integer grids; the new base model goes to ``output``.
+    """Put a base model's weights on integer grids; the new one, called ``name``, goes to ``output``.
 
-    ``embeddings``: 8 bits for the embeddings and the output head, or as they are stored. With ``openvino``
-    the model is also written as an OpenVINO model, in ``output/openvino``.
+    ``nearest`` rounds each weight; ``gptq`` has the weights that come after it in its row make up for the
+    error on ``calibration``. ``embeddings``: 8 bits for the embeddings and the output head, or as they are
+    stored. With ``openvino`` the model is also written as an OpenVINO model, in ``output/openvino``.
     """
 
     kind: Literal["quantize"] = "quantize"
     job_id: str
     directory: Path
+    name: str
     base_model: ModelSpec
+    method: Literal["nearest", "gptq"] = "nearest"
     grid: GridSpec = GridSpec()
     embeddings: Literal["int8", "as_is"] = "int8"
+    calibration: CalibrationSpec | None = None
     openvino: bool = False
+    resources: ResourcesSpec = ResourcesSpec()
     output: Path
+
+    @model_validator(mode="after")
+    def _complete(self) -> QuantizeSpec:
+        if self.method == "gptq" and self.calibration is None:
+            raise ValueError("gptq needs calibration data")
+        return self
 
 
 AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | QuantizeSpec

@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from fixtures_elastic import logits
 from fixtures_models import save_tiny_model
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from fixtures_quantised import sparse_weight, sparsify, spec
+from safetensors.torch import load_file
 
 from comps.tuning.errors import ModelError
 from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.quantised.files import MANIFEST
 from comps.tuning.quantised.grid import Grid, Steps
 from comps.tuning.quantised.quantize import quantize
-from comps.tuning.spec import GridSpec, ModelSpec, QuantizeSpec
+from comps.tuning.spec import GridSpec, ModelSpec
 
 GRIDS = [Grid(4, symmetric, size) for symmetric in (False, True) for size in (32, 64, None)]
-
-
-def sparse_weight(rows: int = 96, inputs: int = 256, seed: int = 0) -> Tensor:
-    """Half of it exact zeros, one group of nothing else, one of one sign only."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, inputs, generator=generator) * 0.05
-    weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0
-    weight[0, :64] = 0
-    weight[1, :64] = weight[1, :64].abs() + 0.3
-    return weight
-
-
-def sparsify(directory: Path, fraction: float = 0.5) -> Path:
-    """Zero the smallest weights of the decoder layers' matrices of the model in ``directory``."""
-    tensors = load_file(directory / "model.safetensors")
-    for name, weight in tensors.items():
-        if weight.ndim == 2 and any(part.isdigit() for part in name.split(".")):
-            weight[weight.abs() <= weight.abs().flatten().quantile(fraction)] = 0
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
-
-
-def spec(directory: Path, **fields: Any) -> QuantizeSpec:
-    standard: dict[str, Any] = {
-        "base_model": ModelSpec(name="org/base", path=str(directory / "base")),
-        "output": directory / "int4",
-        "grid": GridSpec(group_size=32),
-    }
-    return QuantizeSpec(job_id="quantize-1", directory=directory, **(standard | fields))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -132,7 +101,9 @@ def test_the_file_is_as_small_as_four_bits_and_their_scales(tmp_path):
 
 def test_a_group_that_does_not_divide_the_inputs_is_a_sentence(tmp_path):
     save_tiny_model(tmp_path / "base")
-    with pytest.raises(ModelError, match=r"group_size 64 does not divide the 32 inputs of .*q_proj.*; 32 does"):
+    with pytest.raises(
+        ModelError, match=r"group_size 64 does not divide the 32 inputs of .*q_proj.*; 32 does"
+    ):
         quantize(spec(tmp_path, grid=GridSpec(group_size=64)))
     assert not (tmp_path / "int4").exists()
 
@@ -141,7 +112,7 @@ def test_a_quantised_model_is_not_quantised_again(tmp_path):
     save_tiny_model(tmp_path / "base")
     quantize(spec(tmp_path))
     again = ModelSpec(name="int4", path=str(tmp_path / "int4"))
-    with pytest.raises(ModelError, match="quantised already"):
+    with pytest.raises(ModelError, match=r"is quantised \(integer_grid\)"):
         quantize(spec(tmp_path, base_model=again, output=tmp_path / "twice"))
 
 

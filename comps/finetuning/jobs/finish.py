@@ -95,4 +95,5 @@ _FINISH: dict[str, Callable[[Session, JobRow, dict[str, Any]], None]] = {
     "extract": _finish_adapter,
     "merge": _finish_adapter,
     "prune": _finish_base,
+    "quantize": _finish_base,
 }

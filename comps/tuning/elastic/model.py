@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -15,8 +16,12 @@ from transformers.pytorch_utils import Conv1D
 import patches
 from comps.tuning.elastic.space import SearchSpace, is_named
 from comps.tuning.errors import AdapterError
+from comps.tuning.quantised.aware import make_rounded, roundings
+from comps.tuning.quantised.grid import Steps
+from comps.tuning.quantised.modules import grid_of
 from comps.tuning.spec import LoraSpec
 from patches.peft import make_layer_elastic
+from patches.peft_rounded import RoundedLoraConfig
 
 
 @dataclass
@@ -88,9 +93,13 @@ def make_elastic(
 
 
 def build_adapter(
-    model: PreTrainedModel, lora: LoraSpec, task_type: str | None = "CAUSAL_LM"
+    model: PreTrainedModel,
+    lora: LoraSpec,
+    task_type: str | None = "CAUSAL_LM",
+    steps: Mapping[str, Steps] | None = None,
 ) -> tuple[peft.PeftModel, SearchSpace | None, ElasticController | None]:
-    """Put the adapter ``lora`` on ``model``: stock PEFT, elastic where ``lora.groups`` says so.
+    """Put the adapter ``lora`` on ``model``: stock PEFT, elastic where ``lora.groups`` says so; with a
+    ``lora.grid`` the layers compute within the rounding to it (``steps`` are those that the model came with).
 
     Targets are ``lora.target_modules`` and the modules of the groups; with neither, PEFT's defaults
     for the architecture. The space and its controller are None for plain LoRA. ``task_type`` is PEFT's;
@@ -113,7 +122,9 @@ def build_adapter(
         isinstance(m, Conv1D) and any(is_named(name, target) for target in targets)
         for name, m in linear.items()
     )
-    config = peft.LoraConfig(
+    rounding = roundings(model, grid_of(lora.grid), steps) if lora.grid else None
+    kind = partial(RoundedLoraConfig, grid=lora.grid.model_dump()) if lora.grid else peft.LoraConfig
+    config = kind(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
@@ -123,6 +134,9 @@ def build_adapter(
         task_type=task_type,
     )
     adapted = peft.get_peft_model(model, config)
+    if rounding is not None:
+        patches.apply()
+        make_rounded(adapted, rounding)
     return adapted, space, None if space is None else make_elastic(adapted, space)
 
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from comps.tuning.errors import ModelError
 from comps.tuning.export.base_files import BaseFiles
 from comps.tuning.quantised.grid import Grid, Steps
+from comps.tuning.sparse.report import QUANTISED
 
 METHOD = "integer_grid"
-MANIFEST = "quantization.json"
+MANIFEST = QUANTISED
 QWEIGHT, SCALE, ZERO = "qweight", "scale", "zero"
 
 
@@ -97,7 +98,7 @@ class Reader:
 
     def read(self, module: str) -> tuple[Steps, Tensor]:
         """The steps and the integers [out, in] of one module. Raises :class:`ModelError`."""
-        found = {}
+        found: dict[str, Tensor | None] = {}
         for part in (QWEIGHT, SCALE, ZERO):
             name = f"{module}.{part}"
             if name not in self._base.shard_of:
@@ -110,26 +111,23 @@ class Reader:
             raise ModelError(f"the base model {self._base.name} lacks a part of the weight of {module}")
         return decode(self.modules[module], stored, scale, found[ZERO])
 
-    def others(self, shard: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a file that belong to no module on a grid."""
-        with self._open(shard) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if name.rpartition(".")[0] not in self.modules or name.endswith(".bias"):
-                    yield name, tensors.get_tensor(name)
-
-    def state(self) -> dict[str, Tensor]:
-        """All of the model as floating-point tensors, those on grids as float32."""
-        found = {}
-        for shard in self._base.shards:
-            found.update(self.others(shard))
-        for module in self.modules:
-            steps, integers = self.read(module)
-            weight = steps.values(integers)
-            found[f"{module}.weight"] = weight.T.contiguous() if self.transposed(module) else weight
-        return found
+    def tensors(self, shard: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of one file as floating-point numbers, those on grids as float32, by the names and in
+        the layouts that they had before they were quantised."""
+        with self._open(shard) as stored:
+            for name in stored.keys():  # noqa: SIM118
+                module, _, part = name.rpartition(".")
+                if module not in self.modules or part not in (QWEIGHT, SCALE, ZERO):
+                    yield name, stored.get_tensor(name)
+                elif part == QWEIGHT:
+                    steps, integers = self.read(module)
+                    weight = steps.values(integers)
+                    yield f"{module}.weight", weight.T.contiguous() if self.transposed(module) else weight
 
     def _open(self, shard: str) -> Any:
         try:
             return safe_open(self._base.directory / shard, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{shard} of the base model {self._base.name} cannot be read: {error}") from error
+            raise ModelError(
+                f"{shard} of the base model {self._base.name} cannot be read: {error}"
+            ) from error

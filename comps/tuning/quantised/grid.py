@@ -30,12 +30,12 @@ class Grid:
     @property
     def low(self) -> int:
         """The least integer."""
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return -(1 << self.bits - 1) if self.symmetric else 0
 
     @property
     def high(self) -> int:
         """The largest integer."""
-        return self.low + 2**self.bits - 1
+        return self.low + (1 << self.bits) - 1
 
     def fits(self, inputs: int) -> bool:
         """Whether rows of so many inputs can be cut into groups."""
@@ -43,7 +43,7 @@ class Grid:
 
     def grouped(self, weight: Tensor) -> Tensor:
         """``[out, in]`` as ``[out, groups, group size]``, without a copy."""
-        return weight.unflatten(1, (-1, self.group_size or weight.shape[1]))
+        return weight.view(len(weight), -1, self.group_size or weight.shape[1])
 
     def fit(self, weight: Tensor) -> Steps:
         """The steps for ``weight`` [out, in]: from the least to the largest value of each group, and 0."""

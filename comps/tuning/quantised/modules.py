@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from comps.tuning.errors import ModelError
 from comps.tuning.export.base_files import BaseFiles, find_tensor
 from comps.tuning.quantised.grid import Grid
+from comps.tuning.sparse.layers import Linear
 from comps.tuning.sparse.report import is_layer_linear
 from comps.tuning.spec import GridSpec, ModelSpec
 
@@ -47,7 +48,7 @@ def empty_model(model: ModelSpec, directory: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
-def layer_linears(model: nn.Module) -> dict[str, nn.Module]:
+def layer_linears(model: nn.Module) -> dict[str, Linear]:
     """The linear modules of the decoder layers, by their path."""
     return {
         name: module
@@ -68,7 +69,7 @@ def targets(base: BaseFiles, empty: PreTrainedModel, grid: Grid, embeddings: boo
         if tensor is None:
             continue
         transposed = isinstance(linear, Conv1D)
-        inputs = linear.weight.shape[0 if transposed else 1]
+        inputs = int(linear.weight.shape[0 if transposed else 1])
         if not grid.fits(inputs):
             fitting = [size for size in (128, 64, 32) if inputs % size == 0]
             hint = f"; {fitting[0]} does" if fitting else ""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from comps.tuning.errors import ModelError, TuningError
+from comps.tuning.errors import NO_OPENVINO, ModelError, TuningError
 from comps.tuning.models.load import load_base_model
 from comps.tuning.quantised.files import Reader
 from comps.tuning.quantised.grid import Steps
@@ -32,7 +32,6 @@ DIRECTORY = "openvino"
 XML = "openvino_model.xml"
 # What OpenVINO puts before the name of a parameter of :class:`_Logits`' model.
 _PREFIX = "self.model."
-PIP = "pip install 'finetuning-service[int4]'"
 
 
 def require() -> Any:
@@ -40,10 +39,7 @@ def require() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise TuningError(
-            f"writing an OpenVINO model needs the openvino package, which is not installed: {PIP}",
-            param="openvino",
-        ) from error
+        raise TuningError(NO_OPENVINO, param="openvino") from error
     return openvino
 
 
@@ -60,9 +56,7 @@ def write_openvino(directory: Path) -> Path:
     model = load_base_model(spec)
     converted = _convert(ov, model)
     constants = {
-        node.get_friendly_name(): node
-        for node in converted.get_ops()
-        if node.get_type_name() == "Constant"
+        node.get_friendly_name(): node for node in converted.get_ops() if node.get_type_name() == "Constant"
     }
     for module in reader.modules:
         name = _live_name(f"{module}.weight", model)
@@ -103,14 +97,17 @@ def _convert(ov: Any, model: PreTrainedModel) -> openvino.Model:
             return ov.convert_model(_Logits(model), example_input=example)
     except Exception as error:  # whatever OpenVINO does with an architecture that it does not know
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"OpenVINO cannot convert a model of type {model.config.model_type}: {reason}") from error
+        raise ModelError(
+            f"OpenVINO cannot convert a model of type {model.config.model_type}: {reason}"
+        ) from error
 
 
 def _use_linears(model: PreTrainedModel) -> None:
     """GPT-2's layers keep their weights as [in, out], integers lie as [out, in]."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            linear = nn.Linear(*module.weight.shape, device="meta")
+            inputs, outputs = module.weight.shape
+            linear = nn.Linear(inputs, outputs, device="meta")
             linear.weight, linear.bias = nn.Parameter(module.weight.T.contiguous()), module.bias
             model.set_submodule(name, linear.eval())
 
@@ -119,7 +116,7 @@ def _live_name(name: str, model: PreTrainedModel) -> str:
     """The model's name for a tensor of its checkpoint, which may lack the first component or have more."""
     for live, _ in model.named_parameters(remove_duplicate=False):
         if live == name or live.endswith(f".{name}") or name.endswith(f".{live}"):
-            return live
+            return str(live)
     return name
 
 
@@ -161,8 +158,8 @@ def _constant(ov: Any, integers: Tensor, kind: Any) -> openvino.Node:
 
 
 def integer_constants(xml: Path) -> Iterator[tuple[str, Tensor, int]]:
-    """The 4-bit weights of an OpenVINO model on disk: name, integers [out, groups, group size] (symmetric ones
-    from -8), and how many of them stand for 0.0."""
+    """The 4-bit weights of an OpenVINO model on disk: name, integers [out, groups, group size] (symmetric
+    ones from -8), and how many of them stand for 0.0."""
     ov = require()
     for node in ov.Core().read_model(xml).get_ops():
         kind = node.get_output_element_type(0)
