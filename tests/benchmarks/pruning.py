@@ -34,7 +34,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "magnitude 0.5": {"method": "magnitude", "sparsity": 0.5},
 }
 LOAD = (
-    "import sys; from comps.tuning.models.load import load_base_model; from comps.tuning.spec import ModelSpec;"
+    "import sys; from comps.tuning.models.load import load_base_model;"
+    "from comps.tuning.spec import ModelSpec;"
     "load_base_model(ModelSpec(name='m', path=sys.argv[1]))"
 )
 
@@ -83,7 +84,7 @@ def main() -> None:
         calibration.write_text(json.dumps(records[:-HELD_OUT]))
         held_out.write_text(json.dumps(records[-HELD_OUT:]))
         seconds, alone = measured(["-c", LOAD, str(arguments.model)])
-        print("| way | seconds | of them pruning | peak MB | against loading | zeros | perplexity | answers' |")
+        print("| way | seconds | in the run | peak MB | against loading | zeros | perplexity | answers |")
         print("|---|---|---|---|---|---|---|---|")
         whole, answers = perplexities(arguments.model, held_out)
         print(f"| only loaded | {seconds:.1f} | | {alone:.0f} | 1 | | {whole:.2f} | {answers:.2f} |")

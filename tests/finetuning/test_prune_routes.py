@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -80,7 +79,6 @@ def test_a_wrong_request_is_refused_by_the_name_of_its_field(
 ) -> None:
     code, body = ask(server, **changes)
     assert (code, body["error"]["param"]) == (status, param), body
-    assert len(body["detail"]) > 20
 
 
 def test_wanda_needs_a_tokenizer_and_magnitude_does_not(server: ServiceProcess, calibration: str) -> None:
@@ -208,9 +206,9 @@ def test_a_pruned_model_is_a_base_model_with_a_parent_which_may_go(
     found = zeros_by_layer(Path(made["path"]))
     assert made["sparsity"]["layers"] == found
     assert found == dict.fromkeys(found, 0.5)
-    steps = [event["data"]["step"] for event in events(ray_server, made["id"]) if event["type"] == "progress"]
-    assert steps == [1, 2]
-    assert "Pruned layer" in json.dumps(messages(ray_server, made["id"]))
+    told = [event for event in events(ray_server, made["id"]) if event["data"].get("type") == "progress"]
+    assert [event["data"]["step"] for event in told] == [1, 2]
+    assert job(ray_server, made["id"])["progress"]["total_steps"] == 2
 
     listed = {model.id: model for model in ray_server.openai.models.list()}["tiny/half"].model_extra
     assert listed is not None

@@ -20,6 +20,7 @@ from comps.tuning.data.calibration import calibration_rows
 from comps.tuning.errors import DataError, ModelError
 from comps.tuning.sparse.prune import MANIFEST, prune
 from comps.tuning.sparse.report import sparsity_of_directory
+from comps.tuning.sparse.scores import kept_by_pattern, kept_by_ratio
 from comps.tuning.spec import CalibrationSpec, ModelSpec, PruneSpec
 
 RECORDS = [
@@ -56,7 +57,7 @@ def lowest(score: np.ndarray, target: float | str) -> np.ndarray:
         n, m = map(int, target.split(":"))
         ranks = score.reshape(len(score), -1, m).argsort(-1, kind="stable").argsort(-1)
         return (ranks < m - n).reshape(score.shape)
-    return score.argsort(-1, kind="stable").argsort(-1) < int(target * score.shape[1])
+    return score.argsort(-1, kind="stable").argsort(-1) < int(round(target * score.shape[1], 6))
 
 
 def reference(base: Path, rows: list[list[int]] | None, target: float | str) -> Any:
@@ -282,3 +283,14 @@ def test_bad_records_are_named(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"question": "?"}]))
     with pytest.raises(DataError, match=r"bad\.json, record 1"):
         prune(spec(tmp_path, path))
+
+
+@pytest.mark.parametrize("target", [0.5, 0.29, 0.999, "2:4", "4:8"])
+def test_of_equal_scores_the_first_goes_first(target: float | str) -> None:
+    score = torch.randint(0, 4, (50, 200), generator=torch.Generator().manual_seed(0)).float()
+    if isinstance(target, str):
+        kept = kept_by_pattern(score, target)
+    else:
+        kept = kept_by_ratio(score, target)
+        assert kept.sum(1).tolist() == [200 - {0.5: 100, 0.29: 58, 0.999: 199}[target]] * 50
+    assert torch.equal(kept, torch.from_numpy(~lowest(score.numpy(), target)))

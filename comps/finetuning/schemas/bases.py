@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -14,7 +15,9 @@ from comps.finetuning.schemas.training import Seed, WorkerResources
 from comps.finetuning.store.tables import JobRow
 from comps.tuning.spec import Pattern
 
-NewName = Annotated[str, AfterValidator(free_name), Field(min_length=1, max_length=MAX_NAME)]
+NewName = Annotated[
+    str, AfterValidator(partial(free_name, param="name")), Field(min_length=1, max_length=MAX_NAME)
+]
 
 
 class NewBaseRequest(Tolerant):

@@ -13,11 +13,12 @@ from comps.finetuning.store.tables import ModelRow
 RESERVED = ("ft-job-", "ft:", "file-")  # ids that the service itself gives
 
 
-def free_name(value: str) -> str:
-    """A name that a client may give to a model. Raises :class:`ValueError` for others."""
+def free_name(value: str, param: str = "id") -> str:
+    """A name that a client may give to a model. Raises :class:`ValueError` or :class:`InvalidRequest`
+    for others."""
     if value.startswith(RESERVED):
         raise ValueError(f"the service itself gives ids that begin with {', '.join(RESERVED)}")
-    return check_name(value, "id")
+    return check_name(value, param)
 
 
 class ModelObject(BaseModel):
