@@ -66,18 +66,23 @@ class ElasticRank(LoraVariant):  # type: ignore[misc]  # peft is untyped
     def merge_safe(self, module: Linear, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The merged weight as a new tensor of ``orig_weight``'s type."""
         self._merged_rank = self.group.rank
-        return orig_weight + _delta(module, active_adapter, self.group.rank).to(orig_weight.dtype)
+        delta = self.delta(module, active_adapter, self.group.rank, orig_weight)
+        return orig_weight + delta.to(orig_weight.dtype)
 
     def merge_unsafe(self, module: Linear, active_adapter: str, orig_weight: Tensor) -> None:
         """Merge into ``orig_weight`` in place."""
         self._merged_rank = self.group.rank
-        orig_weight.data += _delta(module, active_adapter, self.group.rank)
+        orig_weight.data += self.delta(module, active_adapter, self.group.rank, orig_weight)
 
     def unmerge(self, module: Linear, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Take out what was merged, also when the active rank has changed since."""
         rank = self.group.rank if self._merged_rank is None else self._merged_rank
         self._merged_rank = None
-        return orig_weight - _delta(module, active_adapter, rank).to(orig_weight.dtype)
+        return orig_weight - self.delta(module, active_adapter, rank, orig_weight).to(orig_weight.dtype)
+
+    def delta(self, module: Linear, adapter_name: str, rank: int, weight: Tensor) -> Tensor:
+        """What a merge adds to ``weight``, in its layout."""
+        return _delta(module, adapter_name, rank)
 
 
 def _delta(module: Linear, adapter_name: str, rank: int) -> Tensor:

@@ -16,6 +16,7 @@ Goes:     when PEFT itself offers adapters within a fake quantisation.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import peft
@@ -43,6 +44,14 @@ class RoundedLoraConfig(peft.LoraConfig):  # type: ignore[misc]  # peft is untyp
     """PEFT's, which also says what grid the adapter was trained for, in every file that PEFT saves."""
 
     grid: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> RoundedLoraConfig:
+        """From the ``adapter_config.json`` in ``directory``; of other unknown keys PEFT warns as ever."""
+        attributes = cls.from_json_file(directory / "adapter_config.json")
+        attributes.pop("peft_type")  # else PEFT takes its own class for it, without our key
+        config: RoundedLoraConfig = cls.from_peft_type(**attributes)
+        return config
 
 
 class RoundedRank(ElasticRank):

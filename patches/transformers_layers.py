@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from patches.peft import ElasticRank, RankSource
+from patches.peft_sparse import SparseLinear, SparseRank
 
 # Pre-norm layers with RMSNorm, rotary positions on all of each head and a gated MLP with SiLU.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
@@ -36,12 +37,14 @@ _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 
 @dataclass
 class Adapter:
-    """One LoRA adapter: ``down`` is A ``[r, in]``, ``up`` is B ``[out, r]``, ``dropout`` a probability."""
+    """One LoRA adapter: ``down`` is A ``[r, in]``, ``up`` is B ``[out, r]``, ``dropout`` a probability; the
+    product of a ``sparse`` one counts only where the layer's own weight is not 0."""
 
     down: nn.Parameter
     up: nn.Parameter
     scale: float
     dropout: float
+    sparse: bool
     _source: RankSource | None
 
     @property
@@ -146,7 +149,7 @@ def _parts(layer: Any) -> DecoderParts | None:
 def _linear(module: Any) -> AdaptedLinear | None:
     if type(module) is nn.Linear:
         return _frozen(AdaptedLinear(module, None))
-    if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:
+    if type(module) not in (LoraLinear, SparseLinear) or type(module.base_layer) is not nn.Linear:
         return None
     names = module.active_adapters
     if len(names) != 1 or names[0] not in module.lora_A or module.merged or module.disable_adapters:
@@ -164,6 +167,7 @@ def _linear(module: Any) -> AdaptedLinear | None:
         up.weight,
         module.scaling[name],
         dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+        isinstance(variant, SparseRank),
         None if variant is None else variant.group,
     )
     return _frozen(AdaptedLinear(module.base_layer, adapter))

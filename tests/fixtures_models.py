@@ -14,6 +14,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 300
 
@@ -89,14 +90,21 @@ def tiny_tokenizer(**overrides: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of ``family`` (see :data:`FAMILIES`); ``overrides`` go to its configuration."""
+def tiny_model(
+    family: str = "llama", seed: int = 0, sparsity: float = 0, **overrides: Any
+) -> PreTrainedModel:
+    """A random model of ``family`` (see :data:`FAMILIES`); ``overrides`` go to its configuration.
+    Of the linear layers' weights the share ``sparsity`` is zero, here and there."""
     prefix, architecture, sizes = FAMILIES[family]
     tokens = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     config = getattr(transformers, f"{prefix}Config")(**(sizes | tokens | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = getattr(transformers, architecture)(config)
+        with torch.no_grad():
+            for module in model.modules():
+                if sparsity and isinstance(module, torch.nn.Linear | Conv1D):
+                    module.weight.mul_(torch.rand_like(module.weight) >= sparsity)
     return model.eval()
 
 

@@ -59,6 +59,8 @@ class LoraSpec(Spec):
     target_modules: tuple[str, ...] | None = None
     use_rslora: bool = False
     groups: tuple[RankGroup, ...] = ()
+    # Masked by the zeros of the base's weights, which a merge then keeps (SparsePEFT).
+    sparse: bool = False
     # Sample once per optimizer step (default) or once per micro-batch, as the original does.
     sample_per: Literal["step", "micro_batch"] = "step"
     # Quantisation-aware: the adapter is trained within the rounding to this grid, and is merged onto it.

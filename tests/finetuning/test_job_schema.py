@@ -13,6 +13,7 @@ from comps.cores.errors import InvalidRequest
 from comps.finetuning.jobs.hyperparameters import effective
 from comps.finetuning.schemas.jobs import JobRequest
 from comps.finetuning.schemas.lora import LoraConfig
+from comps.finetuning.schemas.nls import lora_spec
 from comps.finetuning.schemas.tolerant import MAX_WARNINGS, request_warnings
 
 LEAST: dict[str, Any] = {"training_file": "rows.json", "model": "org/base"}
@@ -40,13 +41,21 @@ def test_tasks_that_are_not_there_are_refused_with_those_that_are(body: dict[str
     assert [problem["loc"] for problem in caught.value.errors()] == [("General", "task")]
 
 
-def test_sparse_and_quantised_adapters_are_refused_and_not_silently_dense() -> None:
-    with pytest.raises(ValidationError, match="not available in this version"):
-        JobRequest.model_validate(SQFT_SPARSE)
+def test_quantised_adapters_are_refused_and_not_silently_dense() -> None:
     assert refused_fields(General={"lora_config": {"quantization_aware": True}}) == [
         "General.lora_config.quantization_aware"
     ]
     parse(General={"lora_config": {"sparse_adapter": False, "quantization_aware": False}})
+
+
+@pytest.mark.parametrize(("dropout", "warnings"), [(0, 0), (0.1, 1)])
+def test_a_sparse_adapter_is_trained_and_what_dropout_costs_it_is_told(dropout: float, warnings: int) -> None:
+    config = JobRequest.model_validate(SQFT_SPARSE).General.lora_config
+    assert config is not None
+    spec, told = lora_spec(config.model_copy(update={"lora_dropout": dropout}))
+    assert spec.sparse
+    assert [each for each in told if "five products" in each] == told
+    assert len(told) == warnings
 
 
 def test_defaults_are_those_of_the_contract() -> None:

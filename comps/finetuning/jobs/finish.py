@@ -38,10 +38,11 @@ def model_name(job: JobRow) -> str:
 def _finish_training(session: Session, job: JobRow, result: dict[str, Any]) -> None:
     name = model_name(job)
     elastic = bool(job.spec["lora"]["groups"])
+    sparse = bool(job.spec["lora"].get("sparse"))  # older rows don't say
     session.merge(
         ModelRow(
             id=name, kind="super_adapter" if elastic else "adapter", owner=job.owner, path=result["path"],
-            base_model=job.model, job_id=job.id, details={},
+            base_model=job.model, job_id=job.id, details={"sparse_adapter": True} if sparse else {},
         )
     )  # fmt: skip
     transition(

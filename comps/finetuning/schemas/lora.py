@@ -122,7 +122,9 @@ class LoraConfig(Tolerant):
         "step", description="Draw new ranks for each optimizer step, or for each micro-batch of it"
     )
 
-    sparse_adapter: NotYet = False
+    sparse_adapter: bool = Field(
+        False, description="Keep the zeros of a pruned base model: they mask the adapter (SparsePEFT)"
+    )
     quantization_aware: bool = Field(
         False,
         description="Train within the rounding to INT4: a merge gives one INT4 model, as sparse as its base",

@@ -66,9 +66,14 @@ def lora_spec(config: LoraConfig | None) -> tuple[LoraSpec, list[str]]:
         dropout = 0
     spec = LoraSpec(
         r=config.r, alpha=config.lora_alpha, dropout=dropout, use_rslora=config.use_rslora,
-        target_modules=tuple(targets) if targets else None, groups=groups, sample_per=config.sample_per,
-        grid=grid,
+        target_modules=tuple(targets) if targets else None, groups=groups, sparse=config.sparse_adapter,
+        sample_per=config.sample_per, grid=grid,
     )  # fmt: skip
+    if spec.sparse and spec.dropout:
+        warnings.append(
+            f"{BLOCK}.lora_dropout is {spec.dropout:g}, with which a step of a sparse adapter needs five "
+            "products of each weight's size and not three; 0 is faster."
+        )
     return spec, warnings
 
 

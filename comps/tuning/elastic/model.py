@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import peft
+from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,12 +18,12 @@ from transformers.pytorch_utils import Conv1D
 import patches
 from comps.tuning.elastic.space import SearchSpace, is_named
 from comps.tuning.errors import AdapterError
+from comps.tuning.export.adapter import grid_of_adapter, is_sparse
 from comps.tuning.quantised.aware import make_rounded, roundings
-from comps.tuning.quantised.grid import Steps
-from comps.tuning.quantised.modules import grid_of
 from comps.tuning.spec import LoraSpec
 from patches.peft import make_layer_elastic
 from patches.peft_rounded import RoundedLoraConfig
+from patches.peft_sparse import SparseLoraConfig, make_layer_sparse
 
 
 @dataclass
@@ -92,14 +94,46 @@ def make_elastic(
     return ElasticController(space, states)
 
 
+def make_sparse(model: peft.PeftModel, adapter_name: str = "default") -> None:
+    """Mask the adapter of ``model``, elastic or not, by the zeros of its base's weights.
+
+    Raises:
+        AdapterError: a module's adapter cannot be masked.
+    """
+    patches.apply()
+    for module, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+            try:
+                make_layer_sparse(layer, adapter_name)
+            except (TypeError, ValueError) as error:
+                raise AdapterError(f"the module {module!r} cannot be sparse: {error}") from error
+
+
+def load_adapter(model: PreTrainedModel, directory: Path) -> peft.PeftModel:
+    """Put the adapter saved in ``directory`` on ``model``, to compute with it; masked, or within the rounding
+    to a grid, where its config says so (stock PEFT would load it as a plain one).
+
+    Raises:
+        AdapterError: there is none, or it cannot be masked or rounded.
+    """
+    if grid := grid_of_adapter(directory):
+        rounding = roundings(model, grid)
+        adapted = peft.PeftModel.from_pretrained(model, directory, config=RoundedLoraConfig.read(directory))
+        make_rounded(adapted, rounding)
+        return adapted.eval()
+    if not is_sparse(directory):
+        return peft.PeftModel.from_pretrained(model, directory).eval()
+    adapted = peft.PeftModel.from_pretrained(model, directory, config=SparseLoraConfig.read(directory))
+    make_sparse(adapted)
+    return adapted.eval()
+
+
 def build_adapter(
-    model: PreTrainedModel,
-    lora: LoraSpec,
-    task_type: str | None = "CAUSAL_LM",
-    steps: Mapping[str, Steps] | None = None,
+    model: PreTrainedModel, lora: LoraSpec, task_type: str | None = "CAUSAL_LM"
 ) -> tuple[peft.PeftModel, SearchSpace | None, ElasticController | None]:
-    """Put the adapter ``lora`` on ``model``: stock PEFT, elastic where ``lora.groups`` says so; with a
-    ``lora.grid`` the layers compute within the rounding to it (``steps`` are those that the model came with).
+    """Put the adapter ``lora`` on ``model``: stock PEFT, elastic where ``lora.groups`` says so, masked by the
+    zeros of the model's weights if ``lora.sparse``; with a ``lora.grid`` the layers compute within the rounding
+    to it, which keeps zeros in any case.
 
     Targets are ``lora.target_modules`` and the modules of the groups; with neither, PEFT's defaults
     for the architecture. The space and its controller are None for plain LoRA. ``task_type`` is PEFT's;
@@ -122,8 +156,10 @@ def build_adapter(
         isinstance(m, Conv1D) and any(is_named(name, target) for target in targets)
         for name, m in linear.items()
     )
-    rounding = roundings(model, grid_of(lora.grid), steps) if lora.grid else None
-    kind = partial(RoundedLoraConfig, grid=lora.grid.model_dump()) if lora.grid else peft.LoraConfig
+    rounding = roundings(model, lora.grid) if lora.grid else None
+    kind: Callable[..., peft.LoraConfig] = SparseLoraConfig if lora.sparse else peft.LoraConfig
+    if lora.grid:
+        kind = partial(RoundedLoraConfig, grid=lora.grid.model_dump())
     config = kind(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
@@ -135,8 +171,9 @@ def build_adapter(
     )
     adapted = peft.get_peft_model(model, config)
     if rounding is not None:
-        patches.apply()
         make_rounded(adapted, rounding)
+    elif lora.sparse:
+        make_sparse(adapted)
     return adapted, space, None if space is None else make_elastic(adapted, space)
 
 

@@ -44,11 +44,11 @@ def evaluate(options: argparse.Namespace) -> ExactMatch:
     tokenizer = load_tokenizer(spec)
     model = load_base_model(spec, use_cache=True)
     if options.adapter:
-        from peft import PeftModel
+        from comps.tuning.elastic.model import load_adapter
 
         if not (options.adapter / "adapter_config.json").is_file():
             raise AdapterError(f"{options.adapter} is no adapter: it has no adapter_config.json")
-        model = PeftModel.from_pretrained(model, options.adapter).eval()
+        model = load_adapter(model, options.adapter)
     return exact_match(
         model,
         tokenizer,

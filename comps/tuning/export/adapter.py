@@ -19,8 +19,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pydantic import ValidationError
+
 from comps.tuning.errors import AdapterError
 from comps.tuning.export.declared import read_alphas, read_ranks
+from comps.tuning.spec import GridSpec
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -40,7 +43,6 @@ _VARIANTS = (
     "layer_replication",
     "target_parameters",
     "trainable_token_indices",
-    "sparse_adapter",
 )
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -78,12 +80,51 @@ class Adapter:
     def weights(self) -> Path:
         return self.directory / WEIGHTS
 
+    @property
+    def sparse(self) -> bool:
+        """Whether ``s * B A`` counts only where the base's weight is not 0."""
+        return _is_sparse(self.config)
+
+
+    @property
+    def grid(self) -> GridSpec | None:
+        """The grid within whose rounding it was trained, if any. Raises :class:`AdapterError`."""
+        return _grid(self.config, self.directory)
+
+
+def is_sparse(directory: Path) -> bool:
+    """:attr:`Adapter.sparse` of the adapter in ``directory``, whose tensors are not looked at.
+
+    Raises:
+        AdapterError: there is no config, or it is damaged or of another kind than plain LoRA.
+    """
+    return _is_sparse(_read_config(directory))
+
+
+def _is_sparse(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("sparse_adapter"))
+
+
+def grid_of_adapter(directory: Path) -> GridSpec | None:
+    """:attr:`Adapter.grid` of the adapter in ``directory``. Raises as :func:`is_sparse`."""
+    return _grid(_read_config(directory), directory)
+
+
+def _grid(config: Mapping[str, Any], directory: Path) -> GridSpec | None:
+    if not config.get("grid"):
+        return None
+    try:
+        return GridSpec.model_validate(config["grid"])
+    except ValidationError as error:
+        raise AdapterError(f"{directory.name}/{CONFIG} has a grid that is none") from error
+
 
 def read_adapter(directory: Path) -> Adapter:
     """Read the config and the header of the adapter in ``directory``.
 
     Raises:
-        AdapterError: files are missing, damaged or inconsistent, or the adapter is not plain LoRA.
+        AdapterError: files are missing, damaged or inconsistent, or the adapter is neither plain LoRA nor
+            a sparse one.
     """
     config = _read_config(directory)
     shapes = _read_shapes(directory)

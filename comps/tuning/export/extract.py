@@ -20,7 +20,7 @@ from comps.tuning import rundir
 from comps.tuning.elastic.read_space import load_space
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.export.adapter import CONFIG, WEIGHTS, Adapter, LoraModule, read_adapter, read_json
-from comps.tuning.export.files import TOKENIZER, copy_files
+from comps.tuning.export.files import README, SPARSE_NOTE, TOKENIZER, copy_files
 from comps.tuning.spec import ExtractSpec
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def extract(spec: ExtractSpec) -> dict[str, Any]:
 
     Returns ``{"version", "path", "ranks", "groups": [{"modules", "layer", "rank"}], "parameters"}``:
     ``ranks`` in the order of a configuration, ``parameters`` the number of adapter weights (padding not
-    counted).
+    counted), and ``"sparse_adapter": True`` for a sparse one, which its config says, too.
 
     Raises:
         AdapterError: it is no super-adapter, it is damaged, or the configuration does not fit it.
@@ -57,6 +57,8 @@ def extract(spec: ExtractSpec) -> dict[str, Any]:
         rundir.write_json(directory / CONFIG, config | {"init_lora_weights": True, "inference_mode": True})
         rundir.write_json(directory / REPORT, report)
         copy_files(spec.super_adapter, directory, TOKENIZER)
+        if adapter.sparse:
+            (directory / README).write_text(SPARSE_NOTE, encoding="utf-8")
     return _answer(spec.output, report)
 
 
@@ -67,7 +69,7 @@ def _report(
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     elastic = space.ranks
     plain = sum(m.rank * m.parameters_per_rank for name, m in adapter.modules.items() if name not in elastic)
-    return {
+    report = {
         "version": spec.version,
         "form": spec.form,
         "ranks": list(ranks),
@@ -78,10 +80,12 @@ def _report(
         "parameters": space.parameters(ranks) + plain,
         "super_adapter_sha256": digest,
     }
+    return report | ({"sparse_adapter": True} if adapter.sparse else {})
 
 
 def _answer(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    return {"path": str(path)} | {key: report[key] for key in ("version", "ranks", "groups", "parameters")}
+    kept = ("version", "ranks", "groups", "parameters", "sparse_adapter")
+    return {"path": str(path)} | {key: report[key] for key in kept if key in report}
 
 
 def _write_weights(path: Path, adapter: Adapter, ranks: dict[str, int], *, pad: bool) -> None:

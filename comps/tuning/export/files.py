@@ -23,6 +23,16 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+README = "README.md"
+# What lies beside a sparse adapter for whoever takes it elsewhere.
+SPARSE_NOTE = """\
+# A sparse adapter: merge it with the service that trained it
+
+This adapter was trained with `sparse_adapter` (SparsePEFT): the product of its matrices counts only where
+the base model's weight is not zero. It looks like an ordinary LoRA adapter, but PEFT and other tools know no
+such mask: they compute something else with it, and a merge by them fills the base model's zeros. The merged
+model is an ordinary one, as sparse as the base model; `POST /v1/finetune/merge_adapter` makes it.
+"""
 
 
 def has_tokenizer(directory: Path) -> bool:

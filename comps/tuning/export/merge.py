@@ -1,8 +1,8 @@
-"""Merging an adapter into its base model: ``W' = W + s * B A``.
+"""Merging an adapter into its base model: ``W' = W + s * B A``, for a sparse adapter where W is not 0.
 
 Works shard by shard on the safetensors files; no model is built, and the most that is in memory is one
 shard. Each product is computed in float32 and cast back once to the type the weight is stored in; all
-other tensors are copied bit for bit.
+other tensors, and the zeros of a sparse adapter's base, are copied bit for bit.
 """
 
 from __future__ import annotations
@@ -46,12 +46,22 @@ class _Plan:
 
 @dataclass
 class _Tally:
-    """Counted over the adapted linear weights."""
+    """Counted over the adapted linear weights: ``layers`` has weights, zeros before and after of each."""
 
-    zeros_before: int = 0
-    zeros_after: int = 0
-    weights: int = 0
+    layers: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     dtypes: Counter[str] = field(default_factory=Counter)
+
+    def sparsity(self) -> dict[str, Any]:
+        """Fractions of zeros, in all and of each layer."""
+        weights, before, after = (sum(counts) for counts in zip(*self.layers.values(), strict=True))
+        return {
+            "before": before / weights,
+            "after": after / weights,
+            "layers": {
+                name: {"before": before / weights, "after": after / weights}
+                for name, (weights, before, after) in self.layers.items()
+            },
+        }
 
 
 def merge(spec: MergeSpec) -> dict[str, Any]:
@@ -61,18 +71,18 @@ def merge(spec: MergeSpec) -> dict[str, Any]:
     or not at all, and replaces what was there. An adapted output head that was tied to the embeddings is
     untied, since the adapter does not act on the embeddings.
 
-    Returns ``{"path", "sparsity": {"before", "after"}, "tensors", "merged_modules", "dtype"}``; sparsity is
-    the fraction of exact zeros among the adapted weights.
+    Returns ``{"path", "sparsity": {"before", "after", "layers": {module: {"before", "after"}}}, "tensors",
+    "merged_modules", "dtype"}``; sparsity is the fraction of exact zeros among the adapted weights.
 
     Raises:
-        AdapterError: the adapter is not plain LoRA, or belongs to another base model.
+        AdapterError: the adapter is neither plain LoRA nor sparse, or belongs to another base model.
         ModelError: the base model cannot be read, or is quantised.
     """
     adapter = read_adapter(spec.adapter)
-    if adapter.config.get("grid"):
+    if adapter.grid:
         from comps.tuning.quantised.merge import merge_rounded
 
-        return merge_rounded(spec, adapter)
+        return merge_rounded(spec, adapter, adapter.grid)
     base = find_base(spec.base_model)
     plan = _plan(adapter, base)
     tally = _Tally()
@@ -88,10 +98,7 @@ def merge(spec: MergeSpec) -> dict[str, Any]:
         copy_files(tokenizer, directory, TOKENIZER)
     return {
         "path": str(spec.output),
-        "sparsity": {
-            "before": tally.zeros_before / tally.weights,
-            "after": tally.zeros_after / tally.weights,
-        },
+        "sparsity": tally.sparsity(),
         "tensors": len(base.shard_of) + len(plan.untied),
         "merged_modules": len(adapter.modules),
         "dtype": ", ".join(name for name, _ in tally.dtypes.most_common()),
@@ -195,9 +202,10 @@ def _changed(
     if _is_transposed(tensor, change.name, module, base, adapter):
         delta = delta.T
     merged = (tensor.to(kind) + delta).to(tensor.dtype)
-    tally.weights += tensor.numel()
-    tally.zeros_before += tensor.numel() - int(torch.count_nonzero(tensor))
-    tally.zeros_after += tensor.numel() - int(torch.count_nonzero(merged))
+    if adapter.sparse:
+        merged = torch.where(tensor == 0, tensor, merged)
+    before, after = (tensor.numel() - int(torch.count_nonzero(each)) for each in (tensor, merged))
+    tally.layers[change.name] = (tensor.numel(), before, after)
     tally.dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
     return merged
 

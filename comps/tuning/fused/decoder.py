@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from comps.tuning.fused.attention import Heads, attention, fits
-from comps.tuning.fused.projections import Projections, restored, saved
+from comps.tuning.fused.projections import restored, saved
+from comps.tuning.fused.sparse import projections
 from comps.tuning.training.packing import Layout, attend
 from patches.transformers_layers import DecoderParts, checkpointing
 
@@ -33,8 +34,8 @@ class FusedDecoder:
 
     def __init__(self, parts: DecoderParts) -> None:
         linears = parts.linears
-        self.inputs, self.output = Projections(linears[:3]), Projections(linears[3:4])
-        self.gate_up, self.down = Projections(linears[4:6]), Projections(linears[6:])
+        self.inputs, self.output = projections(linears[:3]), projections(linears[3:4])
+        self.gate_up, self.down = projections(linears[4:6]), projections(linears[6:])
         self.widths = [each.base.out_features for each in linears[:3]]
         self.norms, self.eps = parts.norms, parts.eps
         queries, keys, _ = (width // parts.head_size for width in self.widths)

@@ -20,11 +20,14 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from comps.tuning.errors import AdapterError
-from comps.tuning.quantised.grid import Grid, Steps
-from comps.tuning.quantised.modules import layer_linears
+from comps.tuning.quantised.grid import Steps
+from comps.tuning.quantised.load import known_steps
+from comps.tuning.quantised.modules import grid_of, layer_linears
+from comps.tuning.spec import GridSpec
 from patches.peft_rounded import make_layer_rounded
 
 
@@ -103,24 +106,25 @@ class _Product(torch.autograd.Function):
         return dx, ctx.scale * (up.t() @ product), ctx.scale * (product @ down.t()), None, None, None, None
 
 
-def roundings(
-    model: nn.Module, grid: Grid, known: Mapping[str, Steps] | None = None
-) -> dict[str, GridRounding]:
-    """The rounding of each linear module of the decoder layers of ``model``, by its path.
+def roundings(model: PreTrainedModel, grid: GridSpec) -> dict[str, GridRounding]:
+    """The rounding of each linear module of the decoder layers of ``model``, by its path: to steps fitted to
+    their weights, or to those that the model came with.
 
-    ``known``: the steps of modules that come with them. Raises :class:`AdapterError` for inputs that the grid
-    cannot be cut to.
+    Raises:
+        AdapterError: a module's inputs cannot be cut into groups.
+        ModelError: the model is quantised to another grid.
     """
+    known, cut = known_steps(model, grid), grid_of(grid)
     found = {}
     for name, linear in layer_linears(model).items():
         transposed = isinstance(linear, Conv1D)
         weight = linear.weight.detach().T if transposed else linear.weight.detach()
-        if not grid.fits(weight.shape[1]):
+        if not cut.fits(weight.shape[1]):
             raise AdapterError(
                 f"group_size {grid.group_size} does not divide the {weight.shape[1]} inputs of {name}",
                 param="group_size",
             )
-        found[name] = GridRounding((known or {}).get(name) or grid.fit(weight), transposed)
+        found[name] = GridRounding(known.get(name) or cut.fit(weight), transposed)
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +16,9 @@ from comps.tuning.quantised.files import METHOD, Reader, is_quantised, read_mani
 from comps.tuning.quantised.grid import Steps
 from comps.tuning.quantised.modules import empty_model, layer_linears
 from comps.tuning.spec import GridSpec, ModelSpec
+
+# What loaded models came with: their grid, and the steps of their modules.
+_STEPS: WeakKeyDictionary[PreTrainedModel, tuple[GridSpec, dict[str, Steps]]] = WeakKeyDictionary()
 
 
 def find_quantised(model: ModelSpec) -> BaseFiles:
@@ -34,35 +39,38 @@ def load_quantised(model: ModelSpec, dtype: torch.dtype) -> tuple[PreTrainedMode
     )
     # PEFT looks for the base model's files by this, and would ask the hub for a model of no name.
     loaded.name_or_path = loaded.config._name_or_path = model.path
+    about = read_manifest(base.directory)
+    steps = {}
+    for name in layer_linears(loaded):
+        if weight := find_tensor(f"{name}.weight", [f"{module}.weight" for module in reader.modules]):
+            steps[name] = reader.read(weight.removesuffix(".weight"))[0]
+    _STEPS[loaded] = GridSpec(mode=about["mode"], group_size=about["group_size"]), steps
     return loaded, report
 
 
-def check_grid(model: ModelSpec, grid: GridSpec) -> bool:
-    """Whether the model is quantised. Raises :class:`ModelError` if to another grid than ``grid``."""
-    if not (model.local and is_quantised(Path(model.path))):
-        return False
-    about = read_manifest(Path(model.path))
-    if about["mode"] != grid.mode or about["group_size"] != grid.group_size:
-        raise ModelError(
-            f"the base model {model.name} is quantised to {about['mode']} with group_size "
-            f"{about['group_size']}, not to {grid.mode} with {grid.group_size}",
-            param="General.lora_config.quantization_aware",
-        )
-    return True
+def check_grid(model: ModelSpec, grid: GridSpec) -> None:
+    """Raises :class:`ModelError` for a model that is quantised to another grid than ``grid``."""
+    if model.local and is_quantised(Path(model.path)):
+        about = read_manifest(Path(model.path))
+        _same(model.name, GridSpec(mode=about["mode"], group_size=about["group_size"]), grid)
 
 
-def known_steps(model: ModelSpec, grid: GridSpec) -> dict[str, Steps] | None:
-    """The steps of a quantised model's modules, by their path in the live model; None for another model.
+def known_steps(model: PreTrainedModel, grid: GridSpec) -> Mapping[str, Steps]:
+    """The steps of the modules of ``model`` by their path, if it was loaded with integer weights.
 
     Raises as :func:`check_grid`.
     """
-    if not check_grid(model, grid):
-        return None
-    base = find_quantised(model)
-    reader = Reader(base)
-    weights = [f"{module}.weight" for module in reader.modules]
-    found = {}
-    for name in layer_linears(empty_model(model, base.directory)):
-        if weight := find_tensor(f"{name}.weight", weights):
-            found[name] = reader.read(weight.removesuffix(".weight"))[0]
-    return found
+    if model not in _STEPS:
+        return {}
+    found, steps = _STEPS[model]
+    _same(model.name_or_path, found, grid)
+    return steps
+
+
+def _same(name: str, found: GridSpec, asked: GridSpec) -> None:
+    if found != asked:
+        raise ModelError(
+            f"the base model {Path(name).name} is quantised to {found.mode} with group_size "
+            f"{found.group_size}, not to {asked.mode} with {asked.group_size}",
+            param="General.lora_config.quantization_aware",
+        )

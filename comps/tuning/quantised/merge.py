@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
@@ -27,16 +26,15 @@ from comps.tuning.quantised.quantize import openvino_facts, stored_tensors, writ
 from comps.tuning.spec import GridSpec, MergeSpec
 
 
-def merge_rounded(spec: MergeSpec, adapter: Adapter) -> dict[str, Any]:
-    """Merge ``adapter``, whose config has a ``grid``, to ``spec.output``.
+def merge_rounded(spec: MergeSpec, adapter: Adapter, grid: GridSpec) -> dict[str, Any]:
+    """Merge ``adapter``, trained within the rounding to ``grid``, to ``spec.output``.
 
     Returns what :func:`~comps.tuning.quantised.quantize.quantize` does, and ``"merged_modules"``.
 
     Raises:
-        AdapterError: the adapter's grid is none, or it belongs to another base model.
+        AdapterError: the adapter belongs to another base model.
         ModelError: the base model cannot be read, or is quantised to another grid.
     """
-    grid = _grid(adapter)
     base = find_base(spec.base_model, quantised=METHOD)
     check_grid(spec.base_model, grid)
     plan, tensors_of, steps = _source(spec, base, grid)
@@ -72,15 +70,6 @@ def merge_rounded(spec: MergeSpec, adapter: Adapter) -> dict[str, Any]:
             if spec.openvino:
                 facts["openvino"] = openvino_facts(directory, spec.output)
     return {"path": str(spec.output), "merged_modules": len(adapter.modules)} | facts
-
-
-def _grid(adapter: Adapter) -> GridSpec:
-    try:
-        return GridSpec.model_validate(adapter.config["grid"])
-    except ValidationError as error:
-        raise AdapterError(
-            f"the adapter {adapter.directory.name} has a config with a damaged grid"
-        ) from error
 
 
 def _source(

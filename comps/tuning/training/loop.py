@@ -27,7 +27,7 @@ from comps.tuning.elastic.model import ElasticController, build_adapter
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.errors import TuningError
 from comps.tuning.models.load import load_base_model, load_tokenizer
-from comps.tuning.quantised.load import known_steps
+from comps.tuning.sparse.adapted import check_zeros
 from comps.tuning.spec import TrainSpec
 from comps.tuning.training import auto, checkpoints, facts, precision
 from comps.tuning.training.arguments import total_steps, training_arguments
@@ -92,12 +92,17 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
     loaded = time.monotonic()
     _check_positions(model, data, events)
     spec, notes = auto.resolve(spec, model.config, data.report.train_rows, data.report.train_tokens)
-    steps = known_steps(spec.base_model, spec.lora.grid) if spec.lora.grid else None
-    model, space, controller = build_adapter(model, spec.lora, steps=steps)
+    model, space, controller = build_adapter(model, spec.lora)
+    zeros = check_zeros(model, spec.base_model.name) if spec.lora.sparse else None
     if events:
         for level, note in notes:
             events.write(note, level=level)
         _report_model(events, spec, model, space, loaded - mark, time.monotonic() - loaded)
+        if zeros is not None:
+            events.write(
+                f"The adapter is masked by the zeros of the base model: {zeros:.1%} of the weights it is on",
+                sparsity=zeros,
+            )
 
     trainer = TuningTrainer(
         model=model,
