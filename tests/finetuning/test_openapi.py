@@ -56,6 +56,7 @@ GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/events
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/logs
 POST   /v1/sqft/prune
+POST   /v1/sqft/quantize
 GET    /v1/models
 POST   /v1/models
 GET    /v1/models/{model_id}

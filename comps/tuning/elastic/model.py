@@ -132,8 +132,8 @@ def build_adapter(
     model: PreTrainedModel, lora: LoraSpec, task_type: str | None = "CAUSAL_LM"
 ) -> tuple[peft.PeftModel, SearchSpace | None, ElasticController | None]:
     """Put the adapter ``lora`` on ``model``: stock PEFT, elastic where ``lora.groups`` says so, masked by the
-    zeros of the model's weights if ``lora.sparse``; with a ``lora.grid`` the layers compute within the rounding
-    to it, which keeps zeros in any case.
+    zeros of the model's weights if ``lora.sparse``; with a ``lora.grid`` the layers compute within the
+    rounding to it, which keeps zeros in any case.
 
     Targets are ``lora.target_modules`` and the modules of the groups; with neither, PEFT's defaults
     for the architecture. The space and its controller are None for plain LoRA. ``task_type`` is PEFT's;

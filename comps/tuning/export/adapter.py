@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 
 from comps.tuning.errors import AdapterError
 from comps.tuning.export.declared import read_alphas, read_ranks
@@ -84,7 +83,6 @@ class Adapter:
     def sparse(self) -> bool:
         """Whether ``s * B A`` counts only where the base's weight is not 0."""
         return _is_sparse(self.config)
-
 
     @property
     def grid(self) -> GridSpec | None:

@@ -27,6 +27,7 @@ from comps.tuning.quantised.grid import Grid, Steps
 from comps.tuning.quantised.modules import Target, empty_model, grid_of, targets
 from comps.tuning.quantised.openvino import require, write_openvino
 from comps.tuning.sparse.layers import DecoderLayers
+from comps.tuning.sparse.report import sparsity_of_directory
 from comps.tuning.spec import GridSpec, ModelSpec, QuantizeSpec
 
 # From the checkpoint's name of a weight and the weight [out, in] to its steps and its integers.
@@ -40,10 +41,11 @@ def quantize(spec: QuantizeSpec) -> dict[str, Any] | None:
     is kept); it appears whole or not at all. What is exactly zero stays so.
 
     Returns ``{"path", "name", "base_model", "method", "seconds", "mode", "group_size", "modules", "bytes":
-    {"before", "after", "bf16"}, "sparsity": {"before", "after"}}``: sizes of the weights' files, and of all weights in 16 bits; the fractions of exact
-    zeros among the quantised weights of the decoder layers. With ``spec.openvino`` also ``"openvino"``.
-
-    None when the run was asked to stop, which GPTQ heeds between layers; one that is begun again begins anew.
+    {"before", "after", "bf16"}, "sparsity", "sparsity_before"}``: sizes of the weights' files, and of all
+    weights in 16 bits; the report of the integers that stand for 0 (:mod:`comps.tuning.sparse.report`), and
+    the fraction of those weights that was 0 before. With ``spec.openvino`` also ``"openvino"``: ``{"path",
+    "bytes"}``. None when the run was asked to stop, which GPTQ heeds between layers; one that is begun again
+    begins anew.
 
     Raises:
         ModelError: the base model cannot be read, or not be cut into these groups.
@@ -84,11 +86,17 @@ def _quantize(spec: QuantizeSpec, events: rundir.EventWriter) -> dict[str, Any]:
         facts = write_model(directory, base, source, spec.grid, plan, choose, stored_tensors(base))
         if spec.openvino:
             facts["openvino"] = openvino_facts(directory, spec.output)
-    facts |= {"method": spec.method, "seconds": round(time.monotonic() - began, 3)}
+    report = sparsity_of_directory(spec.output)
+    facts |= {
+        "method": spec.method,
+        "sparsity_before": facts["sparsity"]["before"],
+        "sparsity": report.facts(),
+        "seconds": round(time.monotonic() - began, 3),
+    }
     size, half = facts["bytes"]["after"], facts["bytes"]["bf16"]
     events.write(
         f"Written in {facts['seconds']} s: {size / 1e6:.1f} MB, {size / half:.2f} of 16 bits a weight; "
-        f"{facts['sparsity']['after']:.1%} of the integers stand for 0"
+        f"{report.total:.1%} of the integers stand for 0"
     )
     return {"path": str(spec.output), "name": spec.name, "base_model": base.name} | facts
 
