@@ -22,7 +22,18 @@ from comps.finetuning.jobs.dispatcher import Dispatcher
 from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.metrics import StoreMetrics
-from comps.finetuning.routes import adapters, checkpoints, events, files, jobs, logs, models, sqft, uploads
+from comps.finetuning.routes import (
+    adapters,
+    checkpoints,
+    evaluations,
+    events,
+    files,
+    jobs,
+    logs,
+    models,
+    sqft,
+    uploads,
+)
 from comps.finetuning.settings import Settings, is_loopback
 from comps.finetuning.sparsity import SparsityReports
 from comps.finetuning.store.blobs import Blobs
@@ -34,7 +45,8 @@ TITLE = "Fine-tuning service"
 DESCRIPTION = "Fine-tunes language models: LoRA with elastic ranks (NLS), sub-adapters, merged models."
 
 ROUTERS = tuple(
-    part.router for part in (files, uploads, jobs, events, checkpoints, logs, adapters, sqft, models)
+    part.router
+    for part in (files, uploads, jobs, events, checkpoints, logs, adapters, sqft, evaluations, models)
 )
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 

@@ -67,6 +67,7 @@ _WORK = {
     "merge": "comps.tuning.export.merge:merge",
     "quantize": "comps.tuning.quantised.quantize:quantize",
     "prune": "comps.tuning.sparse.prune:prune",
+    "evaluate": "comps.tuning.evaluation.run:evaluate",
 }
 
 if __name__ == "__main__":

@@ -274,7 +274,50 @@ class QuantizeSpec(Spec):
         return self
 
 
-AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | QuantizeSpec
+MetricName = Literal[
+    "acc", "acc_norm", "acc_bytes", "loss", "perplexity", "token_accuracy", "exact_match", "numeric_match"
+]
+
+
+class EvaluateSpec(Spec):
+    """Evaluate a model on questions, from a ``file`` or of a built-in ``task`` (one of the two is given).
+
+    ``adapter`` is an adapter's directory; with ``config`` it is a super-adapter, evaluated at these ranks
+    (one for each group, group-major then layer), which ``version`` is a name of. Without ``metrics``, those
+    that suit the questions. ``texts``: see ``comps.tuning.evaluation.questions``. ``limit`` questions are
+    drawn with ``seed``. ``max_length`` is for the metrics of tokens, ``max_new_tokens`` and ``batch_size``
+    for generated answers.
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    job_id: str
+    directory: Path
+    base_model: ModelSpec
+    adapter: Path | None = None
+    version: str | None = None
+    config: tuple[int, ...] | None = None
+    file: Path | None = None
+    file_name: str = ""
+    task: str | None = None
+    tasks_dir: Path = Path("tasks")
+    metrics: tuple[MetricName, ...] = ()
+    texts: bool = False
+    limit: int | None = Field(None, ge=1)
+    seed: int = 42
+    max_length: int = Field(2048, ge=2)
+    max_new_tokens: int = Field(256, ge=1)
+    batch_size: int = Field(16, ge=1)
+    max_record_bytes: int = Field(10_000_000, ge=1)
+    resources: ResourcesSpec = ResourcesSpec()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EvaluateSpec:
+        if (self.file is None) == (self.task is None):
+            raise ValueError("exactly one of file and task is needed")
+        return self
+
+
+AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | QuantizeSpec | EvaluateSpec
 _ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
 
 

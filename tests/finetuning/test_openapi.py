@@ -57,6 +57,12 @@ GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/logs
 POST   /v1/sqft/prune
 POST   /v1/sqft/quantize
+POST   /v1/evaluations
+GET    /v1/evaluations
+GET    /v1/evaluations/{evaluation_id}
+GET    /v1/evaluations/{evaluation_id}/items
+POST   /v1/evaluations/{evaluation_id}/cancel
+DELETE /v1/evaluations/{evaluation_id}
 GET    /v1/models
 POST   /v1/models
 GET    /v1/models/{model_id}

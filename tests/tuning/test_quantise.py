@@ -148,7 +148,9 @@ def test_gptq_errs_less_and_keeps_the_mask():
             found = steps.values(integers)
             assert torch.equal(weight, before)
             assert not found[weight == 0].any()
-            errors = [float((x @ (each - weight).T).norm()) for each in (found, grid.fit(weight).nearest(weight))]
+            errors = [
+                float((x @ (each - weight).T).norm()) for each in (found, grid.fit(weight).nearest(weight))
+            ]
             assert errors[0] < 0.8 * errors[1]
             read = steps.integers(found)
             assert torch.equal(read, integers)

@@ -90,6 +90,11 @@ def _finish_base(session: Session, job: JobRow, result: dict[str, Any]) -> None:
     )
 
 
+def _finish_evaluation(session: Session, job: JobRow, result: dict[str, Any]) -> None:
+    """Nothing is made of it; the run's own last event has said what was found."""
+    transition(session, job, "succeeded", "The evaluation has succeeded", result=result, cpus=None)
+
+
 # What success means for each kind of job.
 _FINISH: dict[str, Callable[[Session, JobRow, dict[str, Any]], None]] = {
     "fine_tuning": _finish_training,
@@ -97,4 +102,5 @@ _FINISH: dict[str, Callable[[Session, JobRow, dict[str, Any]], None]] = {
     "merge": _finish_adapter,
     "prune": _finish_base,
     "quantize": _finish_base,
+    "evaluate": _finish_evaluation,
 }
