@@ -38,7 +38,7 @@ def model_spec(directory: Path) -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, half of it pruned with Wanda, that in INT4, and records: ``dense``, ``sparse``, ``int4``,
+    """``dense``, a model; ``sparse``, half of it pruned with Wanda; ``int4``, that in INT4;
     ``records.json``."""
     directory = tmp_path_factory.mktemp("pipelines")
     save_tiny_model(directory / "dense")
@@ -51,8 +51,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     quantize(
         QuantizeSpec(
-            job_id="quantize-1", directory=directory, name="int4", base_model=model_spec(directory / "sparse"),
-            grid=GRID, output=directory / "int4",
+            job_id="quantize-1", directory=directory, name="int4", grid=GRID,
+            base_model=model_spec(directory / "sparse"), output=directory / "int4",
         )
     )  # fmt: skip
     return directory
