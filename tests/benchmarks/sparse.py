@@ -3,10 +3,10 @@
     python -m tests.benchmarks.sparse --model DIR --data FILE --tasks DIR --work DIR [--steps N] [--items N]
 
 Prunes the model with Wanda, takes the four ways from there (an adapter beside the pruned model, SparsePEFT,
-an adapter beside the INT4 model, QA-SparsePEFT), and scores every model on the same ARC-Easy questions: accuracy
-by the answer's text (``acc`` of lm-evaluation-harness), and the perplexity of the right answers, with their
-standard errors. Each run is a process of its own, as the service would start it. Results stay in ``--work``;
-begun again, it goes on where it was.
+an adapter beside the INT4 model, QA-SparsePEFT), and scores every model on the same ARC-Easy questions:
+accuracy by the answer's text (``acc`` of lm-evaluation-harness), and the perplexity of the right answers, with
+their standard errors. Each run is a process of its own, as the service would start it. Results stay in
+``--work``; begun again, it goes on where it was.
 """
 
 from __future__ import annotations
