@@ -4,8 +4,8 @@
 
 Prunes the model with Wanda, takes the four ways from there (an adapter beside the pruned model, SparsePEFT,
 an adapter beside the INT4 model, QA-SparsePEFT), and scores every model on the same ARC-Easy questions:
-accuracy by the answer's text (``acc`` of lm-evaluation-harness), and the perplexity of the right answers, with
-their standard errors. Each run is a process of its own, as the service would start it. Results stay in
+accuracy by the answer's text (``acc`` of lm-evaluation-harness), and the perplexity of the right answers,
+with their standard errors. Each run is a process of its own, as the service would start it. Results stay in
 ``--work``; begun again, it goes on where it was.
 """
 

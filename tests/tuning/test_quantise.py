@@ -151,7 +151,7 @@ def test_gptq_errs_less_and_keeps_the_mask():
             errors = [
                 float((x @ (each - weight).T).norm()) for each in (found, grid.fit(weight).nearest(weight))
             ]
-            assert errors[0] < 0.8 * errors[1]
+            assert errors[0] < 0.9 * errors[1]
             read = steps.integers(found)
             assert torch.equal(read, integers)
 

@@ -22,7 +22,7 @@ from comps.tuning.quantised.files import METHOD, Reader, is_quantised
 from comps.tuning.quantised.grid import Steps
 from comps.tuning.quantised.load import check_grid
 from comps.tuning.quantised.modules import Target, empty_model, grid_of, targets
-from comps.tuning.quantised.quantize import openvino_facts, stored_tensors, write_model
+from comps.tuning.quantised.write import openvino_facts, stored_tensors, write_model
 from comps.tuning.spec import GridSpec, MergeSpec
 
 
