@@ -29,6 +29,7 @@ from comps.tuning.quantised.load import known_steps
 from comps.tuning.quantised.modules import grid_of, layer_linears
 from comps.tuning.spec import GridSpec
 from patches.peft_rounded import make_layer_rounded
+from patches.peft_sparse import masked_
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def clipped(steps: Steps, codes: Tensor) -> Tensor:
 
 def _codes(down: Tensor, up: Tensor, weight: Tensor, steps: Steps, scale: float) -> Tensor:
     """The integers of ``W + s (B A) * M`` [out, in] as int8, not yet clipped to the grid (but to int8)."""
-    found = torch.addmm(weight.float(), up.float(), down.float(), alpha=scale)
-    found.mul_(weight != 0)
+    weight = weight.float()
+    # W is 0 wherever the mask is, so the mask may go over the sum.
+    found = masked_(torch.addmm(weight, up.float(), down.float(), alpha=scale), weight)
     groups = steps.grid.grouped(found).div_(steps.scale[..., None])
     if steps.zero is not None:
         groups += steps.zero[..., None]
@@ -102,7 +104,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = grad @ steps.values(clipped(steps, codes)).to(grad.dtype)
         product = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(down.dtype)
-        product.mul_(weight != 0).mul_((codes >= steps.grid.low) & (codes <= steps.grid.high))
+        masked_(product, weight.to(product.dtype)).mul_(clipped(steps, codes) == codes)
         return dx, ctx.scale * (up.t() @ product), ctx.scale * (product @ down.t()), None, None, None, None
 
 
