@@ -1,4 +1,4 @@
-# make setup | model | demo | serve | test | test-trust | test-slow | soak | bench | scaling | check | requirements
+# make setup | model | demo | serve | test | test-trust | test-slow | soak | bench | sparse-table | scaling | check | requirements
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
 # packages carry templates that are no Python, hence the dash before the command.)
 NOT_COMPILED := /tests?/|/transformers/models/[b-km-z]
 
-.PHONY: setup model demo serve test test-trust test-slow soak bench scaling check requirements
+.PHONY: setup model demo serve test test-trust test-slow soak bench sparse-table scaling check requirements
 
 setup: $(VENV)/.ready
 
@@ -68,6 +68,15 @@ bench: model
 	$(BIN)/python -m tests.benchmarks.pruning --model $(MODEL) --data $(DATA)
 	$(if $(QUESTIONS),$(BIN)/python -m tests.benchmarks.evaluation --model $(MODEL) --data $(QUESTIONS))
 	$(BIN)/python -m tests.benchmarks.sparse --model $(MODEL) --data $(DATA)
+
+# TASKS: a directory with ARC-Easy/test.json (LLM-Adapters' layout), TRAIN: its training questions as
+# instruction records (examples/prepare_arc.py). About an hour and a half; TABLE="--steps 40 --items 300" for a try.
+TASKS ?= data/tasks
+TRAIN ?= data/arc_easy_train.json
+TABLE ?=
+sparse-table: model
+	$(BIN)/python -m tests.benchmarks.sparse_table --model $(MODEL) --data $(TRAIN) --tasks $(TASKS) \
+		--work data/sparse-table $(TABLE)
 
 scaling: setup
 	$(BIN)/pip install -q $(shell grep -oE 'matplotlib==[0-9.]+' pyproject.toml)

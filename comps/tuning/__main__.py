@@ -71,6 +71,7 @@ _WORK = {
     "extract": "comps.tuning.export.extract:extract",
     "merge": "comps.tuning.export.merge:merge",
     "search": "comps.tuning.search.run:search",
+    "quantize": "comps.tuning.quantised.quantize:quantize",
     "prune": "comps.tuning.sparse.prune:prune",
     "evaluate": "comps.tuning.evaluation.run:evaluate",
 }

@@ -42,6 +42,13 @@ class RankGroup(Spec):
         return self
 
 
+class GridSpec(Spec):
+    """Four bits a weight: with a zero point for each group of inputs, or symmetric about 0."""
+
+    mode: Literal["int4_asym", "int4_sym"] = "int4_asym"
+    group_size: Literal[32, 64, 128] = 64
+
+
 class LoraSpec(Spec):
     """A LoRA adapter; with ``groups`` it is an NLS super-adapter of maximal rank ``r``."""
 
@@ -56,12 +63,16 @@ class LoraSpec(Spec):
     sparse: bool = False
     # Sample once per optimizer step (default) or once per micro-batch, as the original does.
     sample_per: Literal["step", "micro_batch"] = "step"
+    # Quantisation-aware: the adapter is trained within the rounding to this grid, and is merged onto it.
+    grid: GridSpec | None = None
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> LoraSpec:
         for index, group in enumerate(self.groups):
             if group.ranks[0] > self.r:
                 raise ValueError(f"group {index} has rank {group.ranks[0]} above r={self.r}")
+        if self.grid and self.dropout:
+            raise ValueError("an adapter within a rounding has no dropout of its own input")
         return self
 
 
@@ -175,7 +186,11 @@ class ExtractSpec(Spec):
 
 
 class MergeSpec(Spec):
-    """Merge an adapter directory (any rank form) into its base model; the result goes to ``output``."""
+    """Merge an adapter directory (any rank form) into its base model; the result goes to ``output``.
+
+    ``openvino``: write the INT4 model that a quantisation-aware adapter gives as an OpenVINO model, too, in
+    ``output/openvino``.
+    """
 
     kind: Literal["merge"] = "merge"
     job_id: str
@@ -183,6 +198,7 @@ class MergeSpec(Spec):
     adapter: Path
     base_model: ModelSpec
     output: Path
+    openvino: bool = False
 
 
 class SearchSpec(Spec):
@@ -276,6 +292,34 @@ MetricName = Literal[
 ]
 
 
+class QuantizeSpec(Spec):
+    """Put a base model's weights on integer grids; the new one, called ``name``, goes to ``output``.
+
+    ``nearest`` rounds each weight; ``gptq`` has the weights that come after it in its row make up for the
+    error on ``calibration``. ``embeddings``: 8 bits for the embeddings and the output head, or as they are
+    stored. With ``openvino`` the model is also written as an OpenVINO model, in ``output/openvino``.
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    job_id: str
+    directory: Path
+    name: str
+    base_model: ModelSpec
+    method: Literal["nearest", "gptq"] = "nearest"
+    grid: GridSpec = GridSpec()
+    embeddings: Literal["int8", "as_is"] = "int8"
+    calibration: CalibrationSpec | None = None
+    openvino: bool = False
+    resources: ResourcesSpec = ResourcesSpec()
+    output: Path
+
+    @model_validator(mode="after")
+    def _complete(self) -> QuantizeSpec:
+        if self.method == "gptq" and self.calibration is None:
+            raise ValueError("gptq needs calibration data")
+        return self
+
+
 class EvaluateSpec(Spec):
     """Evaluate a model on questions, from a ``file`` or of a built-in ``task`` (one of the two is given).
 
@@ -314,7 +358,7 @@ class EvaluateSpec(Spec):
         return self
 
 
-AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | EvaluateSpec | SearchSpec
+AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | QuantizeSpec | EvaluateSpec | SearchSpec
 _ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
 
 

@@ -62,6 +62,7 @@ GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/events
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/logs
 POST   /v1/sqft/prune
+POST   /v1/sqft/quantize
 POST   /v1/evaluations
 GET    /v1/evaluations
 GET    /v1/evaluations/{evaluation_id}

@@ -7,6 +7,7 @@ models root is the operator's.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import JobRow, ModelRow, new_id
 from comps.tuning.elastic.read_space import load_space
-from comps.tuning.errors import AdapterError
+from comps.tuning.errors import NO_OPENVINO, AdapterError
+from comps.tuning.export.adapter import CONFIG, read_json
 from comps.tuning.rundir import OUTPUT
 from comps.tuning.search import learned
 from comps.tuning.spec import ExtractSpec, MergeSpec, ModelSpec, TrainSpec
@@ -192,24 +194,51 @@ def create_merge(
             param="adapter_version",
             code="version_not_found",
         )
+    if request.openvino:
+        check_openvino()
+        if not quantisation_aware(adapter):
+            raise InvalidRequest(
+                f"openvino is for INT4 models, and {source} was not trained with quantization_aware.",
+                param="openvino",
+            )
     if source.base_model.local:
         catalog.check_mergeable(Path(source.base_model.path))
     job_id = new_id("merge")
     output = (source.output / version if version else source.output) / MERGED
     spec = MergeSpec(
         job_id=job_id, directory=settings.jobs_dir / job_id, adapter=adapter, base_model=source.base_model,
-        output=output,
+        output=output, openvino=request.openvino,
     )  # fmt: skip
 
     with database.session() as session:
         claim(session, repeat)
         find_source(session, settings, request, owner)  # could have been deleted since
         known = _known(session, "merge", source.id, version)
+        if known and request.openvino and not known.spec.get("openvino"):
+            if known.status in ACTIVE:
+                raise Conflict(
+                    f"The merge {known.id} of the same without openvino has not ended.", param="openvino"
+                )
+            known = None
         if known is None:
             check_queue(session, settings)
         job = known or _new_row(session, spec, source, version, request)
         keep(session, repeat, AdapterAnswer.of(job, request))
         return job
+
+
+def check_openvino() -> None:
+    """Raises :class:`InvalidRequest` where OpenVINO is not installed."""
+    if importlib.util.find_spec("openvino") is None:
+        raise InvalidRequest(f"openvino: {NO_OPENVINO}.", param="openvino")
+
+
+def quantisation_aware(adapter: Path) -> bool:
+    """Whether the adapter in this directory was trained within the rounding to a grid."""
+    try:
+        return bool(read_json(adapter / CONFIG).get("grid"))
+    except (AdapterError, AttributeError):  # the merge itself will say what is wrong with it
+        return False
 
 
 def _version(request: AdapterRequest) -> str | None:

@@ -108,5 +108,6 @@ _FINISH: dict[str, Callable[[Session, JobRow, dict[str, Any]], None]] = {
     "merge": _finish_adapter,
     "search": _finish_search,
     "prune": _finish_base,
+    "quantize": _finish_base,
     "evaluate": _finish_evaluation,
 }

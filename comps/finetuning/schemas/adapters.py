@@ -66,6 +66,10 @@ class ExtractRequest(AdapterRequest):
 class MergeRequest(AdapterRequest):
     """Merge an adapter into its base model; without a version, the adapter as it was trained."""
 
+    openvino: bool = Field(
+        False, description="Of a quantization_aware job: write the INT4 model as an OpenVINO model, too"
+    )
+
 
 class AdapterAnswer(BaseModel):
     """The work's state and, once it succeeded, its result (``path`` and what else there is to say)."""

@@ -53,8 +53,7 @@ class FileRow(Base):
 
 
 class JobRow(Base):
-    """One run asked for over HTTP: ``kind`` is ``fine_tuning``, ``extract``, ``merge``, ``prune``,
-    ``evaluate`` or ``search``.
+    """One run asked for over HTTP: ``kind`` is that of its spec, ``fine_tuning`` for a training.
 
     All kinds share the states, the queue, the directory layout and the reconciliation. ``spec`` is
     the run's spec as JSON (see ``comps.tuning.spec``), ``request`` what the client sent (without

@@ -279,6 +279,8 @@ def _report_model(
 ) -> None:
     trainable, total = model.get_nb_trainable_parameters()
     adapter = f"NLS super-adapter with {space.describe()}" if space else "LoRA adapter"
+    if grid := spec.lora.grid:
+        adapter += f" within the rounding to {grid.mode} in groups of {grid.group_size}"
     events.write(
         f"Loaded {spec.base_model.name} ({total - trainable:,} parameters) in {load:.1f} s; "
         f"{adapter}, {trainable:,} parameters, set up in {adapt:.2f} s",
