@@ -62,3 +62,19 @@ def with_gradients(model: torch.nn.Module, loss: Tensor) -> tuple[float, dict[st
     found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
     model.zero_grad()
     return loss.item(), found
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal but for the order of additions. What cancels out (the gradient of a key's bias is 0) is noise as
+    large as a rounding error of the terms, which grows with the largest gradient and differs by processor."""
+    assert expected
+    assert found.keys() >= expected.keys()
+    largest = max(float(each.abs().max()) for each in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            found[name],
+            gradient,
+            rtol=1e-4,
+            atol=1e-5 * largest,
+            msg=lambda said, name=name: f"{name}: {said}",
+        )

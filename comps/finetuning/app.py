@@ -22,8 +22,21 @@ from comps.finetuning.jobs.dispatcher import Dispatcher
 from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.metrics import StoreMetrics
-from comps.finetuning.routes import adapters, checkpoints, events, files, jobs, logs, models, uploads
+from comps.finetuning.routes import (
+    adapters,
+    checkpoints,
+    evaluations,
+    events,
+    files,
+    jobs,
+    logs,
+    models,
+    searches,
+    sqft,
+    uploads,
+)
 from comps.finetuning.settings import Settings, is_loopback
+from comps.finetuning.sparsity import SparsityReports
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
 from comps.finetuning.sweep import sweep_hourly, tidy
@@ -32,7 +45,22 @@ NAME = "opea_service@finetuning"
 TITLE = "Fine-tuning service"
 DESCRIPTION = "Fine-tunes language models: LoRA with elastic ranks (NLS), sub-adapters, merged models."
 
-ROUTERS = tuple(part.router for part in (files, uploads, jobs, events, checkpoints, logs, adapters, models))
+ROUTERS = tuple(
+    part.router
+    for part in (
+        files,
+        uploads,
+        jobs,
+        events,
+        checkpoints,
+        logs,
+        adapters,
+        searches,
+        evaluations,
+        sqft,
+        models,
+    )
+)
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -122,6 +150,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings, app.state.database, app.state.blobs = settings, database, blobs
     app.state.news = news
+    app.state.sparsity = SparsityReports()
     limit = settings.max_concurrent_uploads
     app.state.upload_slots = UploadSlots(limit, "FINETUNING_MAX_CONCURRENT_UPLOADS")
     app.state.completing = asyncio.Lock()

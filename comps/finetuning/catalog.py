@@ -18,8 +18,8 @@ from typing import Any
 
 from comps.cores.errors import InvalidRequest, NotFound, Unavailable
 from comps.finetuning.settings import Settings
-from comps.finetuning.weights import WeightsError, read_headers, weights_files
 from comps.tuning.export.files import VOCABULARIES, has_tokenizer
+from comps.tuning.models.weights import Header, WeightsError, read_headers, weights_files
 from comps.tuning.spec import ModelSpec
 from patches.transformers import causal_lm_types
 
@@ -198,12 +198,17 @@ def check_mergeable(directory: Path) -> None:
     raise _unusable(directory, "has safetensors files without a tensor in them")
 
 
-def check_trainable(directory: Path, own_code: bool = False) -> None:
-    """As :func:`check_mergeable`, and the model must have a tokenizer and be a causal language model of a
-    type that transformers knows, unless ``own_code`` of it may say what it is."""
+def check_causal(directory: Path, own_code: bool = False) -> None:
+    """As :func:`check_mergeable`, and the model must be a causal language model of a type that transformers
+    knows, unless ``own_code`` of it may say what it is."""
     check_mergeable(directory)
     if not own_code and (fault := _unsupported(read_config(directory))):
         raise _unusable(directory, fault)
+
+
+def check_trainable(directory: Path, own_code: bool = False) -> None:
+    """As :func:`check_causal`, and the model must have a tokenizer."""
+    check_causal(directory, own_code)
     if not has_tokenizer(directory):
         names = ", ".join(VOCABULARIES)
         raise _unusable(directory, f"has no tokenizer ({names}), so it cannot be trained on")
@@ -231,15 +236,15 @@ def module_names(directory: Path) -> set[str]:
     the safetensors files. Raises :class:`InvalidRequest` as above.
     """
     found = set()
-    for name, shape in _tensors(directory):
-        module, _, parameter = name.rpartition(".")
+    for tensor in _tensors(directory):
+        module, _, parameter = tensor.name.rpartition(".")
         last = module.rpartition(".")[2]
-        if parameter in ("weight", "qweight") and len(shape) == 2 and not _EMBEDDING.fullmatch(last):
+        if parameter in ("weight", "qweight") and len(tensor.shape) == 2 and not _EMBEDDING.fullmatch(last):
             found.add(module)
     return found
 
 
-def _tensors(directory: Path) -> Iterator[tuple[str, list[int]]]:
+def _tensors(directory: Path) -> Iterator[Header]:
     try:
         files = weights_files(directory)
         if not files:

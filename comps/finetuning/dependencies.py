@@ -16,6 +16,7 @@ from comps.finetuning.jobs.news import News
 from comps.finetuning.jobs.repeats import HEADER, Repeat, check_key, digest
 from comps.finetuning.owner import EVERYBODY, Owner
 from comps.finetuning.settings import Secrets, Settings
+from comps.finetuning.sparsity import SparsityReports
 from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
 
@@ -40,10 +41,16 @@ def get_news(request: Request) -> News:
     return news
 
 
+def get_sparsity(request: Request) -> SparsityReports:
+    reports: SparsityReports = request.app.state.sparsity
+    return reports
+
+
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 DatabaseDep = Annotated[Database, Depends(get_database)]
 BlobsDep = Annotated[Blobs, Depends(get_blobs)]
 NewsDep = Annotated[News, Depends(get_news)]
+SparsityDep = Annotated[SparsityReports, Depends(get_sparsity)]
 
 
 def bearer_key(header: str | None) -> str | None:

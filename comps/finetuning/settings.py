@@ -72,6 +72,10 @@ class Settings(BaseSettings):
         default_factory=lambda known: known.get("data_dir", Path()) / "models",
         description="Base models, each in a directory `org/name`; by default `models` in the data directory.",
     )
+    tasks_dir: Path = Field(
+        default_factory=lambda known: known.get("data_dir", Path()) / "tasks",
+        description="Evaluation tasks, each `<name>/test.json`; by default `tasks` in the data directory.",
+    )
     database_url: str = Field(
         default_factory=lambda known: f"sqlite:///{known.get('data_dir', Path()) / 'finetuning.db'}",
         description="SQLAlchemy URL of the database; by default SQLite in the data directory.",
@@ -140,7 +144,7 @@ class Settings(BaseSettings):
             return cls.model_fields["port"].default
         return value
 
-    @field_validator("data_dir", "models_dir", "api_keys_file")
+    @field_validator("data_dir", "models_dir", "tasks_dir", "api_keys_file")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().resolve() if path else None

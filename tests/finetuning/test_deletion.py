@@ -99,7 +99,7 @@ def test_a_deleted_job_takes_along_all_that_came_of_it(
         for part in ("", "/events", "/logs", "/checkpoints"):
             assert server.http.get(f"{JOBS}/{run}{part}").status_code == 404
     assert not {*models} & {model.id for model in client.models.list()}
-    with pytest.raises(openai.NotFoundError, match="There is no fine-tuning job"):
+    with pytest.raises(openai.NotFoundError, match="There is no job"):
         delete(client, job_id)
     # Its neighbour is as it was.
     assert client.fine_tuning.jobs.retrieve(other).status == "succeeded"

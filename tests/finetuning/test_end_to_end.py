@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -90,6 +92,18 @@ def test_the_official_client_sees_the_job_its_events_and_its_checkpoints(
     assert finished["fine_tuned_model"] in [model.id for model in ray_server.openai.models.list()]
 
 
+def test_the_losses_of_a_job_are_a_file_that_goes_with_it(
+    ray_server: ServiceProcess, finished: dict[str, Any]
+) -> None:
+    (file_id,) = ray_server.openai.fine_tuning.jobs.retrieve(finished["id"]).result_files
+    file = ray_server.openai.files.retrieve(file_id)
+    assert (file.filename, file.purpose) == ("step_metrics.csv", "fine-tune-results")
+    lines = list(csv.DictReader(io.StringIO(ray_server.openai.files.content(file_id).text)))
+    assert [int(line["step"]) for line in lines] == sorted({int(line["step"]) for line in lines})
+    assert float(lines[-1]["valid_loss"]) == pytest.approx(finished["progress"]["valid_loss"])
+    assert float(lines[0]["train_loss"]) > 0
+
+
 def test_the_loss_goes_down(ray_server: ServiceProcess, finished: dict[str, Any]) -> None:
     events = ray_server.openai.fine_tuning.jobs.list_events(finished["id"], limit=100)
     losses = [
@@ -165,6 +179,7 @@ def test_a_deleted_job_takes_its_sub_adapters_and_merged_models_along(
         assert ray_server.http.post(f"/v1/finetune/{route}", json=body).status_code == 200
     delete(ray_server, job_id)
     assert job_id not in ray_server.http.get("/v1/models").text
+    assert ray_server.http.get(f"/v1/files/{finished['result_files'][0]}").status_code == 404
 
 
 def delete(service: ServiceProcess, job_id: str) -> None:

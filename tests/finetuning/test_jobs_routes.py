@@ -314,7 +314,7 @@ def test_two_extractions_at_once_are_one_run(
     events = server.http.get(f"{run}/events").json()["data"]
     assert [event["message"] for event in events] == [f"Created: extract of the job {finished}"]
     assert server.http.get(f"{run}/logs").status_code == 200
-    assert server.http.get(run).status_code == 404
+    assert server.http.get(run).json()["status"] == "queued"
 
 
 @pytest.mark.parametrize("route", MERGE)

@@ -33,6 +33,12 @@ POST   /v1/finetune/merge_adapter
 POST   /v1/ffinetune/merge_adapter
 POST   /v1/sqft/merge_adapter
 POST   /v1/sqft/jobs
+POST   /v1/finetune/search
+GET    /v1/finetune/search
+GET    /v1/finetune/search/{search_id}
+DELETE /v1/finetune/search/{search_id}
+POST   /v1/finetune/search/{search_id}/cancel
+GET    /v1/finetune/search/{search_id}/files/{name}
 GET    /v1/health_check
 GET    /health
 GET    /v1/statistics
@@ -55,6 +61,14 @@ POST   /v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/events
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints
 GET    /v1/fine_tuning/jobs/{fine_tuning_job_id}/logs
+POST   /v1/sqft/prune
+POST   /v1/sqft/quantize
+POST   /v1/evaluations
+GET    /v1/evaluations
+GET    /v1/evaluations/{evaluation_id}
+GET    /v1/evaluations/{evaluation_id}/items
+POST   /v1/evaluations/{evaluation_id}/cancel
+DELETE /v1/evaluations/{evaluation_id}
 GET    /v1/models
 POST   /v1/models
 GET    /v1/models/{model_id}

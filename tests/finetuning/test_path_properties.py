@@ -22,9 +22,9 @@ from comps.finetuning.schemas.adapters import Version
 from comps.finetuning.schemas.files import display_name
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.blobs import Blobs
-from comps.finetuning.weights import WeightsError, weights_files
 from comps.tuning.errors import ModelError
 from comps.tuning.export.base_files import find_base
+from comps.tuning.models.weights import WeightsError, weights_files
 from comps.tuning.spec import ModelSpec
 from comps.tuning.training.checkpoints import MANIFEST
 

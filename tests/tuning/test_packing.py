@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures_batches import BATCHES, Rows, padded, textbook, with_gradients
+from fixtures_batches import BATCHES, Rows, assert_same_gradients, padded, textbook, with_gradients
 from fixtures_elastic import lora, randomise
 from fixtures_models import save_tiny_model, tiny_model
 from fixtures_training import run, train_spec, write_records
@@ -29,9 +29,7 @@ def assert_equal(model: torch.nn.Module, rows: Rows, left: bool = False, items: 
     expected, gradients = with_gradients(model, textbook(model, rows, items))
     found, ours = with_gradients(model, through_packing(model, padded(rows, left), items))
     assert found == pytest.approx(expected, rel=1e-5)
-    assert gradients
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+    assert_same_gradients(ours, gradients)
 
 
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
@@ -67,8 +65,7 @@ def test_the_same_holds_for_elastic_adapters_with_gradient_checkpointing(family:
     base.activation_checkpointing_enable({"use_reentrant": False})
     found, ours = with_gradients(model, through_packing(model, padded(rows)))
     assert found == pytest.approx(expected, rel=1e-5)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(ours, gradients)
 
 
 @pytest.mark.parametrize("family", PADDED)

@@ -182,7 +182,9 @@ class Dispatcher:
         """Fail a job that asks for more than there is; where nodes may yet come, let it wait with a
         warning, and let others pass."""
         if self._cluster.local:
-            code, param = "insufficient_resources", "Training.resources_per_worker"
+            code, param = "insufficient_resources", "resources_per_worker"
+            if job.kind == "fine_tuning":
+                param = f"Training.{param}"
             await self._runs.change(job, partial(fail, message=reason, code=code, param=param))
         elif job.id not in self._too_big:
             self._too_big.add(job.id)

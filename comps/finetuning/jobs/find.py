@@ -50,6 +50,10 @@ def needs_file(file_id: str | SQLColumnExpression[str]) -> ColumnElement[bool]:
     return or_(JobRow.training_file == file_id, JobRow.validation_file == file_id) & JobRow.status.in_(ACTIVE)
 
 
+# Kinds of jobs whose output is their own; extractions and merges write beside the adapter they are of.
+WITH_OUTPUT = ("fine_tuning", "prune", "quantize", "evaluate", "search")
+
+
 def find_job(session: Session, job_id: str, owner: Owner, param: str = "fine_tuning_job_id") -> JobRow:
     """A fine-tuning job. Raises :class:`NotFound`."""
     job = session.scalar(visible_jobs(owner).where(JobRow.id == job_id))
@@ -59,7 +63,7 @@ def find_job(session: Session, job_id: str, owner: Owner, param: str = "fine_tun
 
 
 def find_run(session: Session, job_id: str, owner: Owner) -> JobRow:
-    """A job of any kind: extractions and merges have events and logs, too. Raises :class:`NotFound`."""
+    """A job of any kind: all have a state, events and logs. Raises :class:`NotFound`."""
     run = session.scalar(select(JobRow).where(JobRow.id == job_id, visible(JobRow, owner)))
     if run is None:
         raise NotFound(f"There is no job {job_id[:_SHOWN]!r}.", param="fine_tuning_job_id")

@@ -19,14 +19,17 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from comps.cores.errors import InsufficientStorage
 from comps.finetuning.cluster import Cluster, ClusterUnavailable
 from comps.finetuning.jobs.finish import fail, finish
 from comps.finetuning.jobs.follow import follow, read_result
+from comps.finetuning.jobs.result_files import write_step_metrics
 from comps.finetuning.jobs.room import Demand
 from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.jobs.states import add_event, transition
 from comps.finetuning.schemas.integrations import tracking_environment
 from comps.finetuning.settings import Settings
+from comps.finetuning.store.blobs import Blobs
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import CheckpointRow, JobRow
 from comps.tuning import rundir
@@ -46,6 +49,7 @@ class Runs:
 
     def __init__(self, database: Database, settings: Settings, cluster: Cluster, secrets: Secrets) -> None:
         self._database, self._settings, self._cluster, self._secrets = database, settings, cluster, secrets
+        self._blobs = Blobs(settings.files_dir)
         self._asked: dict[str, float] = {}
         self._pauses: dict[str, tuple[float, float]] = {}  # job -> (end of the pause, its length)
 
@@ -195,7 +199,21 @@ class Runs:
             return follow(session, row, directory)
 
     async def _finish(self, job: JobRow, result: dict[str, Any]) -> None:
-        await self.change(job, lambda session, row: finish(session, row, result))
+        file = None
+        if job.kind == "fine_tuning" and result["outcome"] == "succeeded":
+            try:
+                file = await asyncio.to_thread(write_step_metrics, self._database, self._blobs, job)
+            except (
+                InsufficientStorage
+            ) as error:  # the adapter is there, so the job has succeeded all the same
+                logger.warning("the metrics of %s could not be written: %s", job.id, error)
+
+        def change(session: Session, row: JobRow) -> None:
+            if file is not None:
+                session.merge(file)
+            finish(session, row, {**result, "result_files": [file.id]} if file else result)
+
+        await self.change(job, change)
 
     def _died(self, session: Session, job: JobRow, status: str | None) -> None:
         """The run is gone and left no result: back to the queue, or failed after too many attempts.
@@ -213,8 +231,9 @@ class Runs:
             )  # fmt: skip
             return
         message = f"{what[0].upper()}{what[1:]} without a result; it is started again"
-        if job.kind == "fine_tuning":
-            message += " from its newest good checkpoint"
+        message += {"fine_tuning": " from its newest good checkpoint", "search": " after its last batch"}.get(
+            job.kind, ""
+        )
         _queue_again(session, job, message)
 
     def _suspected(self, job: JobRow) -> str:

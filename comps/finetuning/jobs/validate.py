@@ -6,7 +6,9 @@ which takes longer than a client should wait.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from comps.cores.errors import ServiceError
 from comps.finetuning.catalog import check_on_hub
@@ -14,7 +16,7 @@ from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.store.tables import JobRow
 from comps.tuning.data.apart import validate_safely
 from comps.tuning.errors import DataError, RecordTooLarge, TooManyRecords, TuningError
-from comps.tuning.spec import TrainSpec
+from comps.tuning.spec import CalibrationSpec, DataSpec, PruneSpec, QuantizeSpec, TrainSpec, read_spec
 
 # What the operator changes to allow more.
 _SETTINGS: dict[type[DataError], str] = {
@@ -36,16 +38,14 @@ def validate(job: JobRow, secrets: Secrets) -> Verdict:
 
     Blocking; memory stays bounded at any file size.
     """
-    spec = TrainSpec.model_validate(job.spec)
-    files = [(spec.data.train_file, spec.data.train_name, "training_file", "invalid_training_file")]
-    if spec.data.validation_file:
-        name = spec.data.validation_name
-        files.append((spec.data.validation_file, name, "validation_file", "invalid_validation_file"))
+    spec = read_spec(job.spec)
+    assert isinstance(spec, TrainSpec | PruneSpec | QuantizeSpec)
     warnings: list[str] = []
-    for path, name, param, code in files:
+    for path, name, param, task, data in _files(spec):
+        code = f"invalid_{param}"
         try:
             summary = validate_safely(
-                path, name, spec.task, limit=spec.data.max_record_bytes, max_records=spec.data.max_records
+                path, name, task, limit=data.max_record_bytes, max_records=data.max_records
             )
             warnings += summary.warnings
         except DataError as error:
@@ -63,3 +63,18 @@ def validate(job: JobRow, secrets: Secrets) -> Verdict:
         except ServiceError as error:
             return Verdict((error.message, error.code or "invalid_model", error.param))
     return Verdict(warnings=warnings)
+
+
+_File = tuple[Path, str, str, str, DataSpec | CalibrationSpec]
+
+
+def _files(spec: TrainSpec | PruneSpec | QuantizeSpec) -> Iterator[_File]:
+    """Path, client's name, request field and task of each data file, and the limits it must keep."""
+    if not isinstance(spec, TrainSpec):
+        if found := spec.calibration:
+            yield found.file, found.name, "calibration_file", "calibration", found
+        return
+    data = spec.data
+    yield data.train_file, data.train_name, "training_file", spec.task, data
+    if data.validation_file:
+        yield data.validation_file, data.validation_name, "validation_file", spec.task, data

@@ -90,7 +90,7 @@ def retrieve_job_by_body(
     body: JobId, owner: OwnerDep, settings: SettingsDep, session: ReaderDep
 ) -> FineTuningJob:
     """One job, as OPEA asks for it."""
-    job = find_job(session, body.fine_tuning_job_id, owner)
+    job = find_run(session, body.fine_tuning_job_id, owner)
     return FineTuningJob.of(job, settings, tuple(request_warnings(body)))
 
 
@@ -99,7 +99,7 @@ def cancel_job_by_body(
     body: JobId, request: Request, owner: OwnerDep, settings: SettingsDep, session: SessionDep
 ) -> FineTuningJob:
     """Stop one job, as OPEA asks for it."""
-    job = control.cancel(session, find_job(session, body.fine_tuning_job_id, owner))
+    job = control.cancel(session, find_run(session, body.fine_tuning_job_id, owner))
     session.commit()
     request.app.state.dispatcher.wake()
     return FineTuningJob.of(job, settings, tuple(request_warnings(body)))
@@ -109,8 +109,8 @@ def cancel_job_by_body(
 def retrieve_job(
     fine_tuning_job_id: JobPath, owner: OwnerDep, settings: SettingsDep, session: ReaderDep
 ) -> FineTuningJob:
-    """One job."""
-    return FineTuningJob.of(find_job(session, fine_tuning_job_id, owner), settings)
+    """One job, of any kind."""
+    return FineTuningJob.of(find_run(session, fine_tuning_job_id, owner), settings)
 
 
 @router.delete("/fine_tuning/jobs/{fine_tuning_job_id}")
@@ -131,7 +131,7 @@ def cancel_job(
     settings: SettingsDep,
     session: SessionDep,
 ) -> FineTuningJob:
-    """Stop one job, also an extraction or a merge. Cancelling it again changes nothing; a job that has ended
+    """Stop one job, of any kind. Cancelling it again changes nothing; a job that has ended
     otherwise stays as it is."""
     job = control.cancel(session, find_run(session, fine_tuning_job_id, owner))
     session.commit()

@@ -13,9 +13,17 @@ from sqlalchemy.orm import Session
 
 from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
-from comps.finetuning.dependencies import DatabaseDep, OwnerDep, ReaderDep, RepeatDep, SettingsDep
+from comps.finetuning.dependencies import (
+    DatabaseDep,
+    OwnerDep,
+    ReaderDep,
+    RepeatDep,
+    SettingsDep,
+    SparsityDep,
+)
 from comps.finetuning.jobs.adapters import versions_directory
 from comps.finetuning.jobs.find import find_base_model, find_model, visible
+from comps.finetuning.jobs.names import check_not_taken
 from comps.finetuning.jobs.repeats import Repeat, claim, keep, once
 from comps.finetuning.jobs.uses import check_not_a_base, check_not_read, is_in, shown
 from comps.finetuning.owner import Owner
@@ -49,6 +57,9 @@ def list_models(owner: OwnerDep, settings: SettingsDep, session: ReaderDep) -> M
     for name in catalog.list_local_models(settings.models_dir):
         if name not in known and (found := found_on_disk(settings, name)):
             known[name] = found
+    for model in known.values():
+        if model.sparsity:
+            model.sparsity = {key: value for key, value in model.sparsity.items() if key != "layers"}
     return ModelList(data=sorted(known.values(), key=lambda model: (-model.created, model.id)))
 
 
@@ -88,8 +99,7 @@ def _register(
     )
     with database.session() as session:
         claim(session, repeat)
-        if session.get(ModelRow, body.id) is not None:
-            raise Conflict(f"There is already a model {body.id!r}.", param="id")
+        check_not_taken(session, body.id, "id")
         session.add(row)
         session.flush()
         answer = ModelObject.of(row, request_warnings(body))
@@ -120,13 +130,20 @@ def _base_model(
 
 @router.get("/{model_id:path}")
 def retrieve_model(
-    model_id: ModelId, owner: OwnerDep, settings: SettingsDep, session: ReaderDep
+    model_id: ModelId, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep, sparsity: SparsityDep
 ) -> ModelObject:
-    """One model."""
-    row = find_model(session, model_id, owner)
+    """One model; of a base or merged one also how many of its linear weights are zero. The zeros of a large
+    model are counted when it is first asked for: then `warnings` says so, and a later answer has them."""
+    with database.reading() as session:
+        row = find_model(session, model_id, owner)
     model = ModelObject.of(row) if row else found_on_disk(settings, model_id)
     if model is None:
         raise _unknown(model_id)
+    if model.kind in ("base", "merged") and model.sparsity is None:
+        count = sparsity.of(Path(model.path))
+        model.sparsity = count.report
+        if count.why_not:
+            model.warnings.append(count.why_not)
     return model
 
 

@@ -69,7 +69,7 @@ class FineTuningJob(BaseModel):
             finished_at=whole(row.finished_at),
             hyperparameters=row.hyperparameters,
             model=row.model,
-            result_files=[],
+            result_files=(row.result or {}).get("result_files", []),
             seed=row.seed,
             status=row.status,
             trained_tokens=row.trained_tokens,

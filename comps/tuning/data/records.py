@@ -89,7 +89,8 @@ def iter_checked(
 ) -> Iterator[Checked]:
     """Stream the usable records of a file, each checked against the shape of the first one.
 
-    ``task`` is ``instruction_tuning`` or ``pretraining``. Records with an empty field go to ``skipped``.
+    ``task`` is ``instruction_tuning``, ``pretraining`` or ``calibration``, which takes the records of both.
+    Records with an empty field go to ``skipped``.
     Raises :class:`DataError` for the first fault (a record above ``limit`` bytes or one more than
     ``max_records`` are faults, too), and at the end of the file when no record was usable or too many
     were empty (see :class:`Skipped`; empty plain texts are between paragraphs, and fine).

@@ -15,7 +15,9 @@ _REQUIRED: dict[Shape, tuple[str, ...]] = {
     "messages": ("messages",),
     "text": ("text",),
 }
-FIELDS = frozenset(field for fields in _REQUIRED.values() for field in fields) | {"input"}
+# What makes a question of a record, to be evaluated on (see comps.tuning.evaluation.questions).
+_QUESTION = {"question", "choices", "answer", "answerKey"}
+FIELDS = frozenset(field for fields in _REQUIRED.values() for field in fields) | {"input"} | _QUESTION
 
 _DESCRIPTIONS: dict[Shape, str] = {
     "alpaca": "Alpaca (instruction, input, output)",
@@ -26,6 +28,7 @@ _DESCRIPTIONS: dict[Shape, str] = {
 TASK_SHAPES: dict[str, tuple[Shape, ...]] = {
     "instruction_tuning": ("alpaca", "prompt_completion", "messages"),
     "pretraining": ("text",),
+    "calibration": ("alpaca", "prompt_completion", "messages", "text"),
 }
 ROLES = ("system", "user", "assistant", "tool")
 _JSON_NAMES = {str: "a string", dict: "an object", list: "a list", bool: "a boolean", type(None): "null"}

@@ -1,10 +1,16 @@
-"""Exact match: generate greedily with the prompts of training and compare with the expected responses."""
+"""Generate greedily with the prompts of training, and compare with what was expected.
+
+- *exact match*: the answer is the expected response, spaces at the ends aside;
+- *numeric match*: the last number in the answer is the expected one, within 0.001, as LLM-Adapters evaluates
+  arithmetic; where a letter is expected, as of AQuA's options, the last such letter.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -12,6 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from comps.tuning.data.prompts import expected_response, render
 from comps.tuning.data.tokenise import eos_id, prompt_ids
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_LETTER = re.compile(r"\b[A-E]\b")
+_NEAR = 1e-3
 
 
 class ExactMatch(TypedDict):
@@ -32,28 +42,46 @@ def exact_match(
     batch_size: int = 16,
     as_json: bool = False,
 ) -> ExactMatch:
-    """Answer every record and count the answers that equal the expected one, spaces at the ends aside.
+    """:func:`answers` of every record, and how many equal the expected one, spaces at the ends aside.
 
-    ``records`` have passed ``records.iter_checked``; a chat is asked for its last message. Batches hold
+    With ``as_json`` answers are compared as JSON values, so that the order of keys and blanks do not count.
+    """
+    started = time.perf_counter()
+    outputs = answers(model, tokenizer, records, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    seconds = time.perf_counter() - started
+    expected = (expected_response(record) for record in records)
+    correct = sum(is_exact(output, each, as_json) for output, each in zip(outputs, expected, strict=True))
+    return ExactMatch(correct=correct, total=len(outputs), seconds=seconds, outputs=outputs)
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """The model's answer to each record, without spaces at its ends.
+
+    ``records`` have passed ``shapes.check_record``; a chat is asked for its last message. Batches hold
     prompts of similar length, padded on the left. Answers end at the EOS token or after
-    ``max_new_tokens``. With ``as_json`` answers are compared as JSON values, so that the order of keys
-    and blanks do not count.
+    ``max_new_tokens``. ``progress`` gets (answered, to answer), and may raise to stop.
     """
     end = eos_id(tokenizer)
     rendered = [render(record, tokenizer) for record in records]
     prompts = prompt_ids(rendered, tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     outputs = [""] * len(prompts)
-    started = time.perf_counter()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         generated = _generate(model, [prompts[index] for index in chosen], end, max_new_tokens)
         for index, ids in zip(chosen, generated, strict=True):
             outputs[index] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    seconds = time.perf_counter() - started
-    pairs = zip(outputs, (expected_response(record).strip() for record in records), strict=True)
-    correct = sum(_equal(output, expected, as_json) for output, expected in pairs)
-    return ExactMatch(correct=correct, total=len(outputs), seconds=seconds, outputs=outputs)
+        if progress is not None:
+            progress(start + len(chosen), len(order))
+    return outputs
 
 
 @torch.inference_mode()
@@ -77,10 +105,28 @@ def _generate(
     return [ids[: ids.index(end)] if end in ids else ids for ids in new]
 
 
-def _equal(output: str, expected: str, as_json: bool) -> bool:
+def is_exact(output: str, expected: str, as_json: bool = False) -> bool:
+    """Whether an answer is the expected response."""
     if not as_json:
-        return output == expected
+        return output.strip() == expected.strip()
     try:
         return bool(json.loads(output) == json.loads(expected))
     except (ValueError, RecursionError):  # what a model writes need not be JSON
         return False
+
+
+def is_numeric(output: str, expected: str) -> bool:
+    """Whether the last number (or option's letter) of an answer is that of ``expected``."""
+    wanted = last_number(expected)
+    if wanted is None:
+        letters = _LETTER.findall(expected)
+        found = _LETTER.findall(output)
+        return bool(letters and found and letters[-1] == found[-1])
+    number = last_number(output)
+    return number is not None and abs(number - wanted) <= _NEAR
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text, where commas may part thousands."""
+    found = _NUMBER.findall(text.replace(",", ""))
+    return float(found[-1][:300]) if found else None

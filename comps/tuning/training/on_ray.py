@@ -1,7 +1,6 @@
-"""The same training on Ray Train: one process a worker, a gloo (or nccl) process group between them.
+"""Several workers on Ray Train: one process each, a gloo (or nccl) process group between them.
 
-A single worker is this very process (Ray Train's local mode), whose cores the job was submitted with. With
-an actor for it and five for Ray Train's bookkeeping, the first step comes after three times the CPU time.
+A single worker needs none of this, and importing it takes seconds: see ``comps.tuning.__main__``.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from comps.tuning import attempt
 from comps.tuning.spec import TrainSpec, load_spec
+from patches.transformers_imports import leave_out
 
 # Ray Train passes these on to its controller and workers.
 _RAY_TRAIN = {
@@ -32,6 +32,7 @@ def _worker(config: dict[str, str]) -> None:
     spec = load_spec(Path(config["spec"]))
     assert isinstance(spec, TrainSpec)
     attempt.log_to(spec.directory)
+    leave_out()
     from comps.tuning.training.loop import train
 
     rank = ray.train.get_context().get_world_rank()
@@ -42,25 +43,23 @@ def _worker(config: dict[str, str]) -> None:
 def train_on_ray(spec: TrainSpec, spec_path: Path) -> None:
     """Train ``spec`` on the Ray cluster this process belongs to; the workers write the run's result file.
 
-    Raises what the worker raised, or ``ray.train.TrainingFailedError`` when one of several raised or died.
+    Raises ``ray.train.TrainingFailedError`` when one of them raised or died.
     """
     resources = spec.resources
-    several = resources.num_workers > 1
     per_worker: dict[str, float] = {"CPU": resources.cpus or 1}
     if resources.gpus:
         per_worker["GPU"] = resources.gpus
-    if several:
-        for name, value in _RAY_TRAIN.items():
-            os.environ.setdefault(name, value)
-        ray.init(log_to_driver=False)  # the workers write the run's log themselves
-        # Ray stops jobs with SIGTERM, but Ray Train tidies up (it would leave an actor) on SIGINT only.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for name, value in _RAY_TRAIN.items():
+        os.environ.setdefault(name, value)
+    ray.init(log_to_driver=False)  # the workers write the run's log themselves
+    # Ray stops jobs with SIGTERM, but Ray Train tidies up (it would leave an actor) on SIGINT only.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     storage = spec.directory / "ray_train"
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"spec": str(spec_path)},
         scaling_config=ScalingConfig(
-            num_workers=resources.num_workers if several else 0,
+            num_workers=resources.num_workers,
             resources_per_worker=per_worker,
             use_gpu=resources.device == "cuda",
         ),

@@ -1,6 +1,6 @@
 """Sparse adapters against plain LoRA and against the original way to compute them.
 
-``python -m tests.benchmarks.sparse_adapters --model DIR --data FILE``: all ways by turns in one process, each batch in
+``python -m tests.benchmarks.sparse --model DIR --data FILE``: all ways by turns in one process, each batch in
 an order that changes (see ``pairs``), and the time of a step as a ratio to plain LoRA's: its median over the
 batches, and a 95 % interval of that median. Then the peak memory of each way in a process of its own. The
 smaller half of each layer's weights is made zero at first; how good the model still is does not matter here.
@@ -102,7 +102,7 @@ def alone(arguments: argparse.Namespace, name: str) -> dict[str, float]:
 
 
 def memory(arguments: argparse.Namespace, name: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.benchmarks.sparse_adapters", "--only", name, "--steps", "4"]
+    command = [sys.executable, "-m", "tests.benchmarks.sparse", "--only", name, "--steps", "4"]
     command += ["--model", str(arguments.model), "--data", str(arguments.data)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,62 @@
+"""Log-likelihoods the plain way: rows in padded batches, for models whose batches cannot be packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from comps.tuning.data.tokenise import Row
+from comps.tuning.evaluation.scores import RowScore
+from comps.tuning.training.loss import keeps_positions
+
+CHUNK = 2**24  # logits at a time, 64 MB of them
+
+
+@torch.inference_mode()
+def score_rows(model: PreTrainedModel, rows: Sequence[Row]) -> list[RowScore]:
+    """The score of each row of one batch."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    scored = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        end = len(row.ids)
+        ids[number, :end], mask[number, :end] = torch.tensor(row.ids), 1
+        scored[number, 1:end] = torch.tensor(row.learnt[1:], dtype=torch.bool)
+    ids, mask, scored = (each.to(model.device) for each in (ids, mask, scored))
+    before = functional.pad(scored[:, 1:], (0, 1))
+    if keeps_positions(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=before).logits
+    else:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[before]
+    found, greedy = token_scores(logits.flatten(0, -2), ids[scored])
+    of_row = torch.arange(len(rows), device=ids.device)[:, None].expand_as(scored)[scored]
+    return row_scores(found, greedy, of_row, len(rows))
+
+
+def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """``logits`` [N, vocabulary], ``ids`` [N]: each id's log-likelihood, and whether it is the likeliest."""
+    found = torch.empty(len(ids), dtype=torch.float32, device=ids.device)
+    greedy = torch.empty(len(ids), dtype=torch.bool, device=ids.device)
+    rows = max(1, CHUNK // logits.shape[-1])
+    for start in range(0, len(ids), rows):
+        part = slice(start, start + rows)
+        each = logits[part].float()
+        wanted = each.gather(1, ids[part, None])[:, 0]
+        found[part] = wanted - each.logsumexp(1)
+        greedy[part] = each.argmax(1) == ids[part]
+    return found, greedy
+
+
+def row_scores(found: Tensor, greedy: Tensor, of_row: Tensor, rows: int) -> list[RowScore]:
+    """Sums over each row's tokens; ``of_row`` [N] says whose each token is."""
+    sums = torch.zeros(rows, dtype=torch.float64, device=found.device).index_add_(0, of_row, found.double())
+    counts = torch.zeros(2, rows, dtype=torch.long, device=found.device)
+    counts[0].index_add_(0, of_row, torch.ones_like(of_row))
+    counts[1].index_add_(0, of_row, greedy.long())
+    tokens, right = counts.tolist()
+    return [RowScore(*each) for each in zip(sums.tolist(), tokens, right, strict=True)]

@@ -1,0 +1,198 @@
+"""Records as questions: what is asked, what may be answered, which answer is right. Needs no torch.
+
+A question is a training record (Alpaca, prompt and completion, or a chat) whose response is the right answer,
+so that its prompt is the one of training, with the answers to choose from besides. They come as
+
+- ``choices``, a list of texts, and ``answer``, the right one's place (from 0) or text; or as on the hub with
+  ``choices`` ``{"label": [...], "text": [...]}`` and ``answerKey``;
+- the records of LLM-Adapters (github.com/AGI-Edgerunners/LLM-Adapters): ``instruction`` ends with
+  ``Answer format: answer1/answer2``, ``output`` names the right label in a sentence and ``answer`` is that
+  label. The choices are then that sentence with each label in turn, as such data trains a model, or
+  with ``texts`` the answers themselves, which the instruction lists (``Answer1: ... Answer2: ...``), and the
+  prompt is the bare question.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from comps.tuning.data.formats import MAX_RECORD_BYTES, detect_format, unit
+from comps.tuning.data.records import iter_records
+from comps.tuning.data.shapes import check_record, shape_of
+from comps.tuning.errors import DataError
+
+_FORMAT = re.compile(r"\s*Answer format:\s*(\S+)\s*$")
+
+
+@dataclass(frozen=True)
+class Question:
+    """``record``: a training record whose response is the right one. ``choices``: the texts to choose from,
+    none where there is nothing to choose; ``answer``: the right one's place. ``value``: what the record
+    gives as the final answer (a number, a label), if it does."""
+
+    record: dict[str, Any]
+    where: str
+    choices: tuple[str, ...] = ()
+    answer: int | None = None
+    value: str | None = None
+
+
+def read_questions(
+    path: Path,
+    name: str = "",
+    *,
+    texts: bool = False,
+    choices: bool = False,
+    limit: int | None = None,
+    max_bytes: int = MAX_RECORD_BYTES,
+) -> list[Question]:
+    """The questions of a file of records, the first ``limit`` of them.
+
+    ``choices``: each must have some. Raises :class:`DataError` for the first record that is no question.
+    """
+    name = name or path.name
+    counts = unit(detect_format(path, name))
+    found = [
+        to_question(record, f"{name}, {counts} {number}", texts=texts, choices=choices)
+        for number, record in islice(iter_records(path, name, limit=max_bytes), limit)
+    ]
+    if not found:
+        raise DataError(f"{name}: holds no record")
+    return found
+
+
+def to_question(
+    record: dict[str, Any], where: str = "record", *, texts: bool = False, choices: bool = False
+) -> Question:
+    """One record as a question. Raises :class:`DataError`, naming place and field."""
+    if record.get("choices") is not None:
+        question = _listed(record, where)
+    elif (labels := _labels(record)) and record.get("answer") is not None:
+        question = _adapters(record, labels, where, texts)
+    else:
+        question = Question(dict(record), where, value=_value(record.get("answer")))
+    shape = shape_of(question.record)
+    if shape is None or shape == "text":
+        raise DataError(
+            f"{where}: is no question; it needs 'instruction' and 'output', 'prompt' and 'completion', or "
+            "'messages', or 'choices' with 'answer' in place of the response"
+        )
+    empty = check_record(question.record, shape, where)
+    if empty and not (empty in ("output", "completion") and question.value):
+        raise DataError(f"{where}: {empty!r} is empty")
+    if choices and not question.choices:
+        raise DataError(
+            f"{where}: has nothing to choose from; it needs 'choices' (a list of texts) and 'answer', or an "
+            "'instruction' that ends with 'Answer format: answer1/answer2'"
+        )
+    return question
+
+
+def _value(answer: Any) -> str | None:
+    return None if answer is None or isinstance(answer, dict | list) else str(answer)
+
+
+def _listed(record: dict[str, Any], where: str) -> Question:
+    listed: Any = record["choices"]
+    labels = None
+    if isinstance(listed, dict):
+        listed, labels = listed.get("text"), listed.get("label")
+    if not isinstance(listed, list) or len(listed) < 2 or not all(isinstance(c, str) for c in listed):
+        raise DataError(f"{where}: 'choices' must be a list of at least two texts")
+    for place, choice in enumerate(listed):
+        if not choice.strip():
+            raise DataError(f"{where}: 'choices[{place}]' is empty")
+    answer = record.get("answer", record.get("answerKey"))
+    right_place = _place(answer, listed, labels)
+    if right_place is None:
+        raise DataError(
+            f"{where}: 'answer' must be the place (from 0 to {len(listed) - 1}) or the text of one of its "
+            f"{len(listed)} choices, not {str(answer)[:60]!r}"
+        )
+    right = listed[right_place]
+    if "messages" in record:
+        messages = record["messages"]
+        if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+            said = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+            asked: dict[str, Any] = {"messages": [*said, {"role": "assistant", "content": right}]}
+        else:
+            asked = {"messages": messages}
+    elif "prompt" in record:
+        asked = {"prompt": record["prompt"], "completion": right}
+    elif "instruction" in record or "question" in record:
+        instruction = record.get("instruction", record.get("question"))
+        asked = {"instruction": instruction, "input": record.get("input"), "output": right}
+    else:
+        raise DataError(f"{where}: has 'choices', but no 'question', 'instruction', 'prompt' or 'messages'")
+    return Question(asked, where, tuple(listed), right_place, str(right_place))
+
+
+def _place(answer: Any, choices: list[str], labels: Any) -> int | None:
+    if isinstance(answer, str):
+        if answer in choices:
+            return choices.index(answer)
+        if isinstance(labels, list) and answer in labels and len(labels) == len(choices):
+            return labels.index(answer)
+        return None
+    if isinstance(answer, bool) or not isinstance(answer, int):
+        return None
+    return answer if 0 <= answer < len(choices) else None
+
+
+def _labels(record: dict[str, Any]) -> list[str]:
+    """``["answer1", "answer2"]`` from the end of the instruction; empty when it has no such end."""
+    instruction = record.get("instruction")
+    match = _FORMAT.search(instruction) if isinstance(instruction, str) else None
+    labels = match[1].split("/") if match else []
+    return labels if len(labels) > 1 and all(labels) else []
+
+
+def _adapters(record: dict[str, Any], labels: list[str], where: str, texts: bool) -> Question:
+    answer, output = record["answer"], record.get("output")
+    if answer not in labels:
+        raise DataError(
+            f"{where}: 'answer' must be one of {', '.join(labels)[:80]}, not {str(answer)[:60]!r}"
+        )
+    place = labels.index(answer)
+    if texts:
+        question, listed = _from_text(record["instruction"], labels)
+        if len(listed) != len(labels):
+            raise DataError(
+                f"{where}: its instruction does not list the text of each of {', '.join(labels)[:80]}, so "
+                "only the labels can be chosen from"
+            )
+        asked = {"instruction": question, "input": record.get("input"), "output": listed[place]}
+        return Question(asked, where, tuple(listed), place, answer)
+    if not isinstance(output, str) or output.count(answer) != 1:
+        raise DataError(f"{where}: 'output' must be a sentence that names {answer!r} once")
+    choices = tuple(output.replace(answer, label) for label in labels)
+    return Question(dict(record), where, choices, place, answer)
+
+
+def _from_text(instruction: str, labels: list[str]) -> tuple[str, list[str]]:
+    """The bare question, and the texts of the labels as far as they are listed in order."""
+    listed = _FORMAT.sub("", instruction)
+    found = []
+    for label in reversed(labels):
+        before, mark, text = listed.rpartition(f"{label[0].upper()}{label[1:]}: ")
+        if not mark or not text.strip():
+            return instruction, []
+        found.append(text.strip())
+        listed = before
+    lead, colon, question = listed.partition(": ")
+    if not (lead.startswith("Please") and colon):
+        question = listed
+    return question.strip(), found[::-1]
+
+
+def spread(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
+    """``limit`` of the questions, drawn without looking at them and in their order; all without a limit."""
+    if limit is None or limit >= len(questions):
+        return questions
+    places = sorted(random.Random(seed).sample(range(len(questions)), limit))
+    return [questions[place] for place in places]
