@@ -57,7 +57,7 @@ def layer_linears(model: nn.Module) -> dict[str, Linear]:
     }
 
 
-def embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
+def embeddings(model: PreTrainedModel) -> dict[str, nn.Embedding | nn.Linear]:
     """The embeddings and the output head, by their path."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: module for name, module in model.named_modules() if any(module is end for end in ends)}
