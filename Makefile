@@ -69,7 +69,7 @@ TASKS ?= data/tasks
 TRAIN ?= data/arc_easy_train.json
 TABLE ?=
 sparse-table: model
-	$(BIN)/python -m tests.benchmarks.sparse --model $(MODEL) --data $(TRAIN) --tasks $(TASKS) \
+	$(BIN)/python -m tests.benchmarks.sparse_table --model $(MODEL) --data $(TRAIN) --tasks $(TASKS) \
 		--work data/sparse-table $(TABLE)
 
 scaling: setup
