@@ -20,6 +20,7 @@ from comps.tuning.spec import ModelSpec
 
 BASE = "org/quantize"
 QUANTIZE = "/v1/sqft/quantize"
+SHORT = {"Training": {"max_train_steps": 3}}
 GOOD: dict[str, Any] = {
     "model": BASE, "group_size": 32, "wait": False, "resources_per_worker": {"CPU": 1},
 }  # fmt: skip
@@ -93,7 +94,7 @@ def test_from_a_dense_model_to_one_sparse_int4_model(ray_server: ServiceProcess)
     assert (model["kind"], model["base_model"], model["sparsity"]) == ("base", "tiny/half", made["sparsity"])
 
     # A plain adapter is trained on it, and cannot be merged into integers.
-    plain = succeeded(ray_server, create(ray_server, "numbers.json", model="tiny/int4"))
+    plain = succeeded(ray_server, create(ray_server, "numbers.json", model="tiny/int4", **SHORT))
     merging = {"fine_tuning_job_id": plain["id"]}
     refused = ray_server.http.post("/v1/sqft/merge_adapter", json=merging, timeout=180)
     assert refused.status_code == 422
@@ -102,7 +103,7 @@ def test_from_a_dense_model_to_one_sparse_int4_model(ray_server: ServiceProcess)
     assert refused.json()["error"]["param"] == "openvino"
 
     aware = {"quantization_aware": True, "group_size": 32, "lora_dropout": 0.1}
-    trained = create(ray_server, "numbers.json", model="tiny/half", General={"lora_config": aware})
+    trained = create(ray_server, "numbers.json", model="tiny/half", General={"lora_config": aware}, **SHORT)
     assert "lora_dropout is not used" in " ".join(job(ray_server, trained)["warnings"])
     succeeded(ray_server, trained)
     assert any("within the rounding to int4_asym" in message for message in messages(ray_server, trained))

@@ -49,7 +49,8 @@ def test_masked_quantisers_keep_what_nncfs_fill(tmp_path, monkeypatch):
     hooks = [hook for _, hook in get_hook_storage(model).named_hooks() if hasattr(hook, "lora_B")]
     generator = torch.Generator().manual_seed(2)
     for hook in hooks:
-        hook.lora_B.data = (torch.randn(hook.lora_B.shape, generator=generator) * 0.1).bfloat16()
+        for factor in (hook.lora_A, hook.lora_B):
+            factor.data = (torch.randn(factor.shape, generator=generator) * 0.1).bfloat16()
     masked = mask_quantisers(model)
     assert len(masked) == 14
     filled = kept = zeros = 0
