@@ -55,13 +55,14 @@ def test_masked_quantisers_keep_what_nncfs_fill(tmp_path, monkeypatch):
     filled = kept = zeros = 0
     for name, hook in masked.items():
         weight = weights[name]
-        theirs = AsymmetricLoraNLSQuantizer.quantize(hook, weight)
-        ours = hook.quantize(weight)
+        with torch.no_grad():
+            theirs = AsymmetricLoraNLSQuantizer.quantize(hook, weight)
+            ours = hook.quantize(weight)
         zero = weight == 0
         zeros += int(zero.sum())
         filled += int(theirs[zero].count_nonzero())
         kept += int((ours[zero] == 0).sum())
-    assert kept == zeros > 10_000
+    assert kept == zeros > 9_000
     assert filled > 0.2 * zeros  # when this fails, NNCF masks by itself and the patch can go
 
     for rank in (4, 2):
@@ -94,7 +95,7 @@ def test_a_step_changes_adapters_and_scales_and_no_zero(mode, tmp_path):
         assert all(parameter.grad is not None for parameter in parameters)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     for name, hook in masked.items():
         weight = model.get_parameter(name)
