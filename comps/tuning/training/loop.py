@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from pickle import UnpicklingError
@@ -84,12 +86,15 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
     resume = _agreed(choice, spec.resources.num_workers)
     set_seed(spec.training.seed)
 
-    tokenizer = load_tokenizer(spec.base_model)
-    data = build_datasets(spec.data, spec.task, tokenizer, spec.training.seed)
-    if events:
-        _report_data(events, data, time.monotonic() - began)
-    mark = time.monotonic()
-    model = load_base_model(spec.base_model, device=spec.resources.device)
+    with ThreadPoolExecutor(1) as beside:
+        loading = beside.submit(
+            _timed, lambda: load_base_model(spec.base_model, device=spec.resources.device)
+        )
+        tokenizer = load_tokenizer(spec.base_model)
+        data = build_datasets(spec.data, spec.task, tokenizer, spec.training.seed)
+        if events:
+            _report_data(events, data, time.monotonic() - began)
+        model, seconds = loading.result()
     loaded = time.monotonic()
     _check_positions(model, data, events)
     spec, notes = auto.resolve(spec, model.config, data.report.train_rows, data.report.train_tokens)
@@ -98,7 +103,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
     if events:
         for level, note in notes:
             events.write(note, level=level)
-        _report_model(events, spec, model, space, loaded - mark, time.monotonic() - loaded)
+        _report_model(events, spec, model, space, seconds, time.monotonic() - loaded)
         if zeros is not None:
             events.write(
                 f"The adapter is masked by the zeros of the base model: {zeros:.1%} of the weights it is on",
@@ -161,6 +166,12 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
             type="progress", step=result["steps"], seconds_left=0,
         )  # fmt: skip
     return result
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``work`` returns, and its seconds."""
+    began = time.monotonic()
+    return work(), time.monotonic() - began
 
 
 def _tell_cost(
