@@ -1,4 +1,4 @@
-# make setup | model | demo | serve | test | test-trust | test-slow | soak | bench | scaling | check | requirements
+# make setup | model | demo | serve | test | test-trust | test-slow | soak | bench | sparse-table | scaling | check | requirements
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
 # packages carry templates that are no Python, hence the dash before the command.)
 NOT_COMPILED := /tests?/|/transformers/models/[b-km-z]
 
-.PHONY: setup model demo serve test test-trust test-slow soak bench scaling check requirements
+.PHONY: setup model demo serve test test-trust test-slow soak bench sparse-table scaling check requirements
 
 setup: $(VENV)/.ready
 
@@ -65,9 +65,18 @@ bench: model
 	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs fusing --model $(MODEL) --data $(DATA)
-	$(if $(QUESTIONS),$(BIN)/python -m tests.benchmarks.evaluation --model $(MODEL) --data $(QUESTIONS))
 	$(BIN)/python -m tests.benchmarks.pruning --model $(MODEL) --data $(DATA)
+	$(if $(QUESTIONS),$(BIN)/python -m tests.benchmarks.evaluation --model $(MODEL) --data $(QUESTIONS))
 	$(BIN)/python -m tests.benchmarks.sparse --model $(MODEL) --data $(DATA)
+
+# TASKS: a directory with ARC-Easy/test.json (LLM-Adapters' layout), TRAIN: its training questions as
+# instruction records (examples/prepare_arc.py). About an hour and a half; TABLE="--steps 40 --items 300" for a try.
+TASKS ?= data/tasks
+TRAIN ?= data/arc_easy_train.json
+TABLE ?=
+sparse-table: model
+	$(BIN)/python -m tests.benchmarks.sparse_table --model $(MODEL) --data $(TRAIN) --tasks $(TASKS) \
+		--work data/sparse-table $(TABLE)
 
 scaling: setup
 	$(BIN)/pip install -q $(shell grep -oE 'matplotlib==[0-9.]+' pyproject.toml)
@@ -83,5 +92,5 @@ requirements:
 	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
 		--no-header --annotation-style=line -o requirements.txt pyproject.toml
 	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-		--no-header --annotation-style=line --extra dev -c requirements.txt -o requirements-dev.txt pyproject.toml
+		--no-header --annotation-style=line --extra dev --extra int4 -c requirements.txt -o requirements-dev.txt pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1    /' requirements.txt requirements-dev.txt

@@ -31,6 +31,7 @@ from comps.finetuning.routes import (
     jobs,
     logs,
     models,
+    searches,
     sqft,
     uploads,
 )
@@ -46,7 +47,19 @@ DESCRIPTION = "Fine-tunes language models: LoRA with elastic ranks (NLS), sub-ad
 
 ROUTERS = tuple(
     part.router
-    for part in (files, uploads, jobs, events, checkpoints, logs, adapters, sqft, evaluations, models)
+    for part in (
+        files,
+        uploads,
+        jobs,
+        events,
+        checkpoints,
+        logs,
+        adapters,
+        searches,
+        evaluations,
+        sqft,
+        models,
+    )
 )
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 

@@ -70,8 +70,10 @@ _WORK = {
     "train": "comps.tuning.training.loop:train_alone",
     "extract": "comps.tuning.export.extract:extract",
     "merge": "comps.tuning.export.merge:merge",
-    "evaluate": "comps.tuning.evaluation.run:evaluate",
+    "search": "comps.tuning.search.run:search",
+    "quantize": "comps.tuning.quantised.quantize:quantize",
     "prune": "comps.tuning.sparse.prune:prune",
+    "evaluate": "comps.tuning.evaluation.run:evaluate",
 }
 
 if __name__ == "__main__":

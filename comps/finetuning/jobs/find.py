@@ -51,7 +51,7 @@ def needs_file(file_id: str | SQLColumnExpression[str]) -> ColumnElement[bool]:
 
 
 # Kinds of jobs whose output is their own; extractions and merges write beside the adapter they are of.
-WITH_OUTPUT = ("fine_tuning", "prune", "evaluate")
+WITH_OUTPUT = ("fine_tuning", "prune", "quantize", "evaluate", "search")
 
 
 def find_job(session: Session, job_id: str, owner: Owner, param: str = "fine_tuning_job_id") -> JobRow:

@@ -231,8 +231,9 @@ class Runs:
             )  # fmt: skip
             return
         message = f"{what[0].upper()}{what[1:]} without a result; it is started again"
-        if job.kind == "fine_tuning":
-            message += " from its newest good checkpoint"
+        message += {"fine_tuning": " from its newest good checkpoint", "search": " after its last batch"}.get(
+            job.kind, ""
+        )
         _queue_again(session, job, message)
 
     def _suspected(self, job: JobRow) -> str:

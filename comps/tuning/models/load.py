@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from comps.tuning.errors import ModelError
 from comps.tuning.export.files import has_tokenizer
+from comps.tuning.quantised.files import is_quantised
+from comps.tuning.quantised.load import load_quantised
 from comps.tuning.spec import ModelSpec
 
 # Bars that redraw themselves fill a log with control characters.
@@ -33,18 +35,22 @@ def load_base_model(
 
     ``use_cache`` false turns the key/value cache off in the model's configuration, as training wants
     it; pass true for a model that is to generate or to be saved. A hub model is looked for with the
-    environment's ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE``. Raises :class:`ModelError`.
+    environment's ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE``. A model with integer weights is loaded as
+    the floating-point numbers that they stand for. Raises :class:`ModelError`.
     """
     if model.local:
         _check_directory(model)
     with _explained(model):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-        )
+        if model.local and is_quantised(Path(model.path)):
+            loaded, report = load_quantised(model, dtype)
+        else:
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                model.path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+            )
     if report["missing_keys"]:
         # They would be random instead.
         names = sorted(report["missing_keys"])

@@ -40,6 +40,7 @@ from comps.tuning.training.callbacks import (
 )
 from comps.tuning.training.cost import predict
 from comps.tuning.training.finish import write_output
+from comps.tuning.training.statistics import Statistics
 from comps.tuning.training.trackers import trackers
 from comps.tuning.training.trainer import TuningTrainer
 
@@ -104,6 +105,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
                 sparsity=zeros,
             )
 
+    statistics = _statistics(spec, controller, resume)
     trainer = TuningTrainer(
         model=model,
         args=training_arguments(spec, scratch, len(data.train), data.validation is not None),
@@ -115,8 +117,9 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
             spec.data.max_length if spec.data.pad_to_max else None,
         ),
         controller=controller,
+        statistics=statistics,
         shuffle=spec.data.shuffle,
-        callbacks=_callbacks(spec, controller, events, output),
+        callbacks=_callbacks(spec, controller, statistics, events, output),
     )
     said = precision.use(spec.training.mixed_precision) if spec.resources.device == "cpu" else None
     if events:
@@ -151,7 +154,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
         "seconds": round(time.monotonic() - began, 2),
     }
     if events:
-        write_output(spec, model, tokenizer, space, result)
+        write_output(spec, model, tokenizer, space, statistics, result)
         shutil.rmtree(scratch)
         events.write(
             f"The adapter is written: {result['steps']} steps in {result['seconds']} s",
@@ -174,17 +177,33 @@ def _tell_cost(
         )  # fmt: skip
 
 
+def _statistics(
+    spec: TrainSpec, controller: ElasticController | None, resume: Path | None
+) -> Statistics | None:
+    """For a super-adapter whose ranks stay the same through an optimizer step."""
+    if controller is None or spec.lora.sample_per == "micro_batch":
+        return None
+    return Statistics(controller, resume)
+
+
 def _callbacks(
-    spec: TrainSpec, controller: ElasticController | None, events: rundir.EventWriter | None, output: Path
+    spec: TrainSpec,
+    controller: ElasticController | None,
+    statistics: Statistics | None,
+    events: rundir.EventWriter | None,
+    output: Path,
 ) -> list[Any]:
-    callbacks: list[Any] = [
-        CheckpointPublisher(output, events, spec.training.save_total_limit),
-        StopOnRequest(spec.directory / rundir.STOP),
-    ]
+    callbacks: list[Any] = []
     if controller is not None:
         per_micro_batch = spec.lora.sample_per == "micro_batch"
         callbacks.append(RankSampler(controller, spec.training.seed, per_micro_batch))
-    return callbacks
+    if statistics is not None:
+        callbacks.append(statistics)
+    return [
+        *callbacks,
+        CheckpointPublisher(output, events, spec.training.save_total_limit),
+        StopOnRequest(spec.directory / rundir.STOP),
+    ]
 
 
 def _resume_point(spec: TrainSpec, output: Path, events: rundir.EventWriter) -> Path | None:
@@ -260,6 +279,8 @@ def _report_model(
 ) -> None:
     trainable, total = model.get_nb_trainable_parameters()
     adapter = f"NLS super-adapter with {space.describe()}" if space else "LoRA adapter"
+    if grid := spec.lora.grid:
+        adapter += f" within the rounding to {grid.mode} in groups of {grid.group_size}"
     events.write(
         f"Loaded {spec.base_model.name} ({total - trainable:,} parameters) in {load:.1f} s; "
         f"{adapter}, {trainable:,} parameters, set up in {adapt:.2f} s",
