@@ -99,6 +99,12 @@ class Settings(BaseSettings):
         512 * 2**20, ge=1, description="Largest uploaded file, in bytes, in one piece or in parts."
     )
     max_body_bytes: int = Field(2**20, ge=1, description="Largest JSON body, in bytes.")
+    head_seconds: float = Field(
+        20,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a connection may wait for a request, to the end of its headers.",
+    )
     body_seconds: float = Field(60, gt=0, description="Seconds that a JSON body may take to arrive.")
     max_concurrent_uploads: int = Field(
         16, ge=1, description="Files and parts received at a time; a further one gets 503."
