@@ -35,6 +35,7 @@ from comps.tuning.failpoints import failpoint
 logger = logging.getLogger(__name__)
 
 _ALIVE = ("PENDING", "RUNNING")
+_MORE_LOSSES = 2  # than deaths, before a job fails
 
 
 class Runs:
@@ -200,15 +201,20 @@ class Runs:
     def _died(self, session: Session, job: JobRow, status: str | None) -> None:
         """The run is gone and left no result: back to the queue, or failed after too many attempts.
 
-        A run that went with its Ray, or that a killed service never submitted, has not died by itself.
+        A run that went with its Ray, or that a killed service never submitted, seldom has itself to blame:
+        such losses are counted apart, and more of them are allowed.
         """
-        job.failures += status is not None
-        what = "Ray no longer knows the run" if status is None else f"the run's processes ended ({status})"
         allowed = self._settings.max_attempts if job.retry_limit is None else 1 + job.retry_limit
-        if status is not None and job.failures >= allowed:
+        if status is None:
+            job.losses += 1
+            what, count, allowed = "Ray no longer knows the run", job.losses, allowed + _MORE_LOSSES
+        else:
+            job.failures += 1
+            what, count = f"the run's processes ended ({status})", job.failures
+        if count >= allowed:
             fail(
                 session, job,
-                f"{what} without a result, {job.failures} time(s) in a row without a new checkpoint"
+                f"{what} without a result, {count} time(s) in a row without a new checkpoint"
                 f"{self._suspected(job)}; see GET /v1/fine_tuning/jobs/{job.id}/logs",
             )  # fmt: skip
             return
