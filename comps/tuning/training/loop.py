@@ -121,7 +121,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
         events.write(f"Set-up took {time.monotonic() - began:.1f} s")
     try:
         if resume is None or not _restore_finished(spec, trainer, resume, len(data.train)):
-            _tell_cost(spec, trainer, events, resume is not None)
+            _tell_cost(spec, trainer, events, resume not in (None, spec.resume_from))
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except Stopped:
         if events:
