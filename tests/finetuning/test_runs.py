@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ JOB = "ft-job-0"
 class Words:
     """A cluster that says of every run what it is told to say."""
 
-    ready = local = True
+    ready = True
+    local = False
     status: str | None = "RUNNING"
 
     async def job_status(self, _: str) -> str | None:
@@ -128,3 +130,33 @@ def test_a_stop_of_the_service_is_no_loss(story: Story) -> None:
         asyncio.run(story.runs.stop([story.job]))
         assert story.job.status == "queued"
     assert (story.job.losses, story.job.failures) == (0, 0)
+
+
+def test_the_runs_of_a_key_load_from_the_hub_into_a_cache_of_its_own(story: Story) -> None:
+    own = {"HF_HUB_CACHE": str(story.settings.data_dir / "hub" / "0123")}
+    assert story.runs.environment(JobRow(owner="0123", request={})).items() >= own.items()
+    assert "HF_HUB_CACHE" not in story.runs.environment(JobRow(owner=None, request={}))
+
+
+def test_a_run_that_waits_in_ray_is_no_running_one_and_its_time_limit_waits_too(tmp_path: Path) -> None:
+    story = Story(tmp_path, time_limit=0.3)
+    story.begin()
+    assert story.attend("PENDING") == "running"
+    time.sleep(0.5)
+    assert [story.attend("PENDING") for _ in range(2)] == ["running"] * 2
+    assert story.attend("RUNNING") == "running"
+    assert story.messages[-2:] == ["The run waits in Ray until there is room for it", "Ray has begun the run"]
+    time.sleep(0.5)
+    assert story.attend("RUNNING") == "failed"
+    assert story.job.error is not None
+    assert story.job.error["code"] == "time_limit_exceeded"
+    story.database.dispose()
+
+
+def test_a_run_that_never_found_room_has_not_died(story: Story) -> None:
+    for _ in range(5):
+        story.begin()
+        story.attend("PENDING")
+        assert story.attend("NO ROOM") == "queued"
+    assert (story.job.losses, story.job.failures, story.job.run_seconds) == (0, 0, pytest.approx(0, abs=0.5))
+    assert story.messages[-1] == "Ray had no room for the run; it is submitted again"

@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from comps.finetuning.catalog import hub_cache
 from comps.finetuning.cluster import Cluster, ClusterUnavailable
 from comps.finetuning.jobs.finish import fail, finish
 from comps.finetuning.jobs.follow import follow, read_result
@@ -106,7 +107,7 @@ class Runs:
         job.status = "running"
         # A single worker trains in the run's first process, several get one each from Ray Train.
         single = wanted if wanted and wanted.workers == 1 else Demand(0, 0)
-        env = self._environment(job)
+        env = self.environment(job)
         try:
             await self._cluster.submit(submission, path, env, job.id, cores=single.cores, gpus=single.gpus)
         except ClusterUnavailable as error:
@@ -130,9 +131,12 @@ class Runs:
         rundir.write_json(directory / rundir.SPEC, spec)
         return directory / rundir.SPEC
 
-    def _environment(self, job: JobRow) -> dict[str, str]:
+    def environment(self, job: JobRow) -> dict[str, str]:
+        """The variables of a job's run, of which no other job knows."""
         env = tracking_environment(job.request.get("integrations"))
         env |= self._secrets.environment(job)
+        if cache := hub_cache(self._settings, job.owner):
+            env["HF_HUB_CACHE"] = str(cache)
         if self._settings.hf_hub_offline:
             env["HF_HUB_OFFLINE"] = "1"
         return env
