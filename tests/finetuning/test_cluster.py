@@ -110,11 +110,8 @@ def test_two_workers_train_as_one_with_twice_the_batch_and_listen_on_loopback_on
         job_id = create(service, upload(service), Training=training)
         succeeded(service, job_id)
     assert len(listeners.seen) > 8
-    # The one port that nobody can narrow is PyTorch's: where several workers meet.
-    assert [who.partition(" ")[0][:19] for who in listeners.open_to_others.values()] in (
-        [],
-        ["ray::RayTrainWorker"],
-    )
+    assert any("RayTrainWorker" in who for who in listeners.seen.values())
+    assert listeners.open_to_others == {}
 
     directory = directory_of(service, job_id)
     spec = json.loads((directory / "spec.json").read_text()) | {"directory": tmp_path}

@@ -79,7 +79,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
             machine=machine, versions=facts.versions(),
         )  # fmt: skip
     choice = _resume_point(spec, output, events) if events else None
-    resume = _agreed(choice, spec.resources.num_workers)
+    resume = _agreed(choice, spec, output)
     set_seed(spec.training.seed)
 
     tokenizer = load_tokenizer(spec.base_model)
@@ -198,14 +198,23 @@ def _resume_point(spec: TrainSpec, output: Path, events: rundir.EventWriter) -> 
     return spec.resume_from
 
 
-def _agreed(choice: Path | None, workers: int) -> Path | None:
+def _agreed(choice: Path | None, spec: TrainSpec, output: Path) -> Path | None:
     """Rank 0's choice, on all workers. Only rank 0 holds the run's directory; what the others see there
     may still be changed by an earlier attempt that is about to end."""
-    if workers == 1:
+    if spec.resources.num_workers == 1:
         return choice
-    box = [choice]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    # A number, since paths would be sent as pickles: a step of this run's own, or one of these.
+    nowhere, other_job = -1, -2
+    number = nowhere
+    if choice is not None:
+        step = choice.name.removeprefix(rundir.CHECKPOINT_PREFIX)
+        number = other_job if choice == spec.resume_from else int(step)
+    box = torch.tensor(number, device=spec.resources.device)
+    torch.distributed.broadcast(box, src=0)
+    number = int(box)
+    if number == nowhere:
+        return None
+    return spec.resume_from if number == other_job else output / f"{rundir.CHECKPOINT_PREFIX}{number}"
 
 
 def _restore_finished(spec: TrainSpec, trainer: TuningTrainer, checkpoint: Path, rows: int) -> bool:
