@@ -90,7 +90,9 @@ class Settings(BaseSettings):
         False, description="Listen on any address without keys, for a container behind a gateway."
     )
     allowed_hosts: Listed = Field(
-        (), description="Further Host (and Origin) names to answer to, comma-separated, for a proxy in front."
+        (),
+        description="Further Host (and Origin) names to answer to, comma-separated: a proxy's, or without "
+        "keys the container's.",
     )
     trust_remote_code_models: Listed = Field(
         (), description="Base models whose own code may run, comma-separated names; of no other it does."
