@@ -172,9 +172,15 @@ class Runs:
             await self.change(job, _has_left)
         elif gone:
             await self.change(job, lambda session, row: self._died(session, row, status))
+        elif status and not pausing and (waits := self._waits(status)) != (job.attempt_started_at is None):
+            await self.change(job, _has_to_wait if waits else _has_begun)
         elif not pausing and job.time_limit is not None and _has_run(job) > job.time_limit:
             await self.change(job, _out_of_time)
         return gone or result is not None
+
+    def _waits(self, status: str) -> bool:
+        """Whether a run is still to begin for want of room, which others can take only of a Ray of others."""
+        return status == "PENDING" and not self._cluster.local
 
     def _ask_to_stop(self, job: JobRow) -> None:
         (self._directory(job) / rundir.STOP).touch()
@@ -208,6 +214,9 @@ class Runs:
         A run that went with its Ray, or that a killed service never submitted, seldom has itself to blame:
         such losses are counted apart, and more of them are allowed.
         """
+        if status == "NO ROOM":
+            _queue_again(session, job, "Ray had no room for the run; it is submitted again")
+            return
         allowed = self._settings.max_attempts if job.retry_limit is None else 1 + job.retry_limit
         if status is None:
             job.losses += 1
@@ -290,6 +299,16 @@ class Runs:
 
 def _queue_again(session: Session, job: JobRow, message: str) -> None:
     transition(session, job, "queued", message, cpus=None)
+
+
+def _has_to_wait(session: Session, job: JobRow) -> None:
+    job.attempt_started_at = None  # no running time
+    add_event(session, job, "The run waits in Ray until there is room for it")
+
+
+def _has_begun(session: Session, job: JobRow) -> None:
+    job.attempt_started_at = time.time()
+    add_event(session, job, "Ray has begun the run")
 
 
 def _has_left(session: Session, job: JobRow) -> None:
