@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     )
     database_url: str = Field(
         default_factory=lambda known: f"sqlite:///{known.get('data_dir', Path()) / 'finetuning.db'}",
-        description="SQLAlchemy URL of the database; by default SQLite in the data directory.",
+        description="SQLAlchemy URL of the SQLite database; by default in the data directory.",
     )
     api_keys_file: Path | None = Field(None, description="File with API keys, one on a line.")
     api_keys: Secrets = Field(
