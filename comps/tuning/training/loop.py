@@ -26,7 +26,7 @@ from comps.tuning.data.dataset import TokenisedData, build_datasets
 from comps.tuning.elastic.model import ElasticController, build_adapter
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.errors import TuningError
-from comps.tuning.models.load import load_base_model, load_tokenizer
+from comps.tuning.models.load import check_causal, load_base_model, load_tokenizer
 from comps.tuning.spec import TrainSpec
 from comps.tuning.training import auto, checkpoints, facts, precision
 from comps.tuning.training.arguments import total_steps, training_arguments
@@ -89,6 +89,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
     mark = time.monotonic()
     model = load_base_model(spec.base_model, device=spec.resources.device)
     loaded = time.monotonic()
+    check_causal(model, spec.base_model.name)
     _check_positions(model, data, events)
     spec, notes = auto.resolve(spec, model.config, data.report.train_rows, data.report.train_tokens)
     model, space, controller = build_adapter(model, spec.lora)
