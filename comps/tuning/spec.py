@@ -173,7 +173,8 @@ class ExtractSpec(Spec):
     """Cut the sub-adapter ``version`` out of a super-adapter's directory.
 
     ``config`` gives one rank per group, group-major then layer, and is needed for versions that
-    are not ``maximal``, ``heuristic`` or ``minimal``. ``form``: ``pattern`` keeps per-module ranks
+    are not ``maximal``, ``heuristic``, ``minimal`` or ``learned``; ``search`` is the id of the search that
+    has found it, if one has. ``form``: ``pattern`` keeps per-module ranks
     (stock PEFT), ``uniform`` pads with zeros to the super-adapter's rank.
     """
 
@@ -185,6 +186,7 @@ class ExtractSpec(Spec):
     config: tuple[int, ...] | None = None
     form: Literal["pattern", "uniform"] = "pattern"
     output: Path
+    search: str | None = None
 
 
 class MergeSpec(Spec):
@@ -201,6 +203,45 @@ class MergeSpec(Spec):
     base_model: ModelSpec
     output: Path
     openvino: bool = False
+
+
+class SearchSpec(Spec):
+    """Search the ranks of a super-adapter for sub-adapters that score well and cost little.
+
+    What is scored are the questions (or records) in ``validation_file``; without one, the rows that the
+    training has held out of its data: ``data``, ``task`` and ``data_seed`` are then those of the training.
+    ``metric`` None: ``acc_norm`` where there are choices, else ``loss``. ``texts``: see
+    ``comps.tuning.evaluation.questions``.
+
+    ``num_evals`` are evaluations of one sub-adapter on all of the search's ``items`` (None: two thirds of
+    what there is, at most 300). With ``halving`` weak ones see a quarter or half of the items only, which
+    counts as a quarter or half. The ``finalists`` are scored on up to ``all_items`` in the end (None: four
+    times ``items``). ``known`` are the ``evaluations.jsonl`` of earlier searches, used where they fit.
+    """
+
+    kind: Literal["search"] = "search"
+    job_id: str
+    directory: Path
+    super_adapter: Path
+    base_model: ModelSpec
+    data: DataSpec
+    task: Literal["instruction_tuning", "pretraining"] = "instruction_tuning"
+    data_seed: int = 42
+    validation_file: Path | None = None
+    validation_name: str = ""
+    texts: bool = False
+    algorithm: Literal["nsga2", "hill_climbing", "random", "learned"] = "nsga2"
+    num_evals: int = Field(50, ge=1)
+    population: int = Field(20, ge=4)
+    seed: int = 42
+    metric: Literal["acc", "acc_norm", "loss"] | None = None
+    cost: Literal["parameters", "macs"] = "parameters"
+    items: int | None = Field(None, ge=4)
+    all_items: int | None = Field(None, ge=4)
+    finalists: int = Field(5, ge=1)
+    halving: bool = True
+    known: tuple[Path, ...] = ()
+    resources: ResourcesSpec = ResourcesSpec()
 
 
 class CalibrationSpec(Spec):
@@ -250,6 +291,11 @@ class PruneSpec(Spec):
         return self
 
 
+MetricName = Literal[
+    "acc", "acc_norm", "acc_bytes", "loss", "perplexity", "token_accuracy", "exact_match", "numeric_match"
+]
+
+
 class QuantizeSpec(Spec):
     """Put a base model's weights on integer grids; the new one, called ``name``, goes to ``output``.
 
@@ -275,11 +321,6 @@ class QuantizeSpec(Spec):
         if self.method == "gptq" and self.calibration is None:
             raise ValueError("gptq needs calibration data")
         return self
-
-
-MetricName = Literal[
-    "acc", "acc_norm", "acc_bytes", "loss", "perplexity", "token_accuracy", "exact_match", "numeric_match"
-]
 
 
 class EvaluateSpec(Spec):
@@ -320,7 +361,7 @@ class EvaluateSpec(Spec):
         return self
 
 
-AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | QuantizeSpec | EvaluateSpec
+AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | QuantizeSpec | EvaluateSpec | SearchSpec
 _ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
 
 

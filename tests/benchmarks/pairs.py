@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from comps.tuning.data.batching import LengthGroupedSampler
 from comps.tuning.data.collate import Collator
@@ -25,6 +26,7 @@ from comps.tuning.elastic.model import build_adapter
 from comps.tuning.elastic.sampler import sample
 from comps.tuning.fused import fuse
 from comps.tuning.models.load import load_base_model, load_tokenizer
+from comps.tuning.spec import TrainSpec
 from comps.tuning.training.loss import labelled_only, mean_loss
 from comps.tuning.training.packing import pack, packed_loss, packs
 from tests.benchmarks.machine import Load, describe, sgemm
@@ -45,12 +47,13 @@ class Side:
 
     def __init__(self, arguments: argparse.Namespace, adapter: str, way: str) -> None:
         arguments.variant = adapter
-        run = spec(arguments, Path(tempfile.gettempdir()))
-        base = load_base_model(run.base_model, device="cpu")
+        run = self.spec(arguments)
+        base = self.load(run)
         self.model, _, self.controller = build_adapter(base, run.lora)
         self.inputs, self.loss = (pack, packed_loss) if way != "padded" else (labelled_only, mean_loss)
         if way != "padded" and not packs(base, run.data.max_length):
             raise SystemExit("this model's batches cannot be packed")
+        self.model.eval()  # new adapters have their dropout on
         if way in ("fused", "bf16"):
             fusion = fuse(base)
             if not fusion.layers:
@@ -62,6 +65,14 @@ class Side:
         self.optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
         self.seconds: list[float] = []
         self.name = f"{adapter}, {way}"
+
+    def spec(self, arguments: argparse.Namespace) -> TrainSpec:
+        """The run that ``arguments`` ask for."""
+        return spec(arguments, Path(tempfile.gettempdir()))
+
+    def load(self, run: TrainSpec) -> PreTrainedModel:
+        """The base model."""
+        return load_base_model(run.base_model, device="cpu")
 
     def step(self, batch: dict[str, torch.Tensor], number: int) -> float:
         """Returns the loss."""

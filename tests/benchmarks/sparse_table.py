@@ -1,6 +1,6 @@
 """What becomes of a model that is pruned, fine-tuned and quantised: ``make sparse-table``.
 
-    python -m tests.benchmarks.sparse_table --model DIR --data FILE --tasks DIR --work DIR
+    python -m tests.benchmarks.sparse_table --model DIR --data FILE --tasks DIR --work DIR [--steps N]
 
 Prunes the model with Wanda, takes the four ways from there (an adapter beside the pruned model, SparsePEFT,
 an adapter beside the INT4 model, QA-SparsePEFT), and scores every model on the same ARC-Easy questions:

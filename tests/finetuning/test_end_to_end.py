@@ -26,14 +26,18 @@ from fixtures_service import (
     trainers,
     upload,
 )
+from safetensors.torch import load_file
 from service_process import ServiceProcess
 from transformers import AutoModelForCausalLM
+
+SPARSE_MODEL = "tiny/sparse"
 
 
 @pytest.fixture(scope="module")
 def ray_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     directory = tmp_path_factory.mktemp("ray_service")
     save_tiny_model(directory / "data" / "models" / MODEL)
+    save_tiny_model(directory / "data" / "models" / SPARSE_MODEL, sparsity=0.5)
     with closing(ServiceProcess(directory, ray=True)) as service:
         yield service
 
@@ -130,6 +134,28 @@ def test_an_extracted_sub_adapter_and_its_merged_model_compute_the_same(
     adapted = peft.PeftModel.from_pretrained(base_model(ray_server), answer["path"])
     whole = AutoModelForCausalLM.from_pretrained(merged.json()["path"], dtype=torch.float32)
     torch.testing.assert_close(logits(whole), logits(adapted), atol=1e-5, rtol=1e-4)
+
+
+def test_a_sparse_super_adapter_merges_into_a_model_with_the_same_zeros(ray_server: ServiceProcess) -> None:
+    lora_config = {"sparse_adapter": True}
+    job_id = create(ray_server, upload(ray_server), model=SPARSE_MODEL, General={"lora_config": lora_config})
+    finished = succeeded(ray_server, job_id)
+    assert ray_server.openai.models.retrieve(finished["fine_tuned_model"]).details == lora_config
+    body = {"fine_tuning_job_id": job_id, "adapter_version": "heuristic"}
+    extracted = ray_server.http.post("/v1/finetune/extract_adapter", json=body)
+    assert extracted.status_code == 200, extracted.text
+    assert extracted.json()["sparse_adapter"] is True
+    answer = ray_server.http.post("/v1/sqft/merge_adapter", json=body)
+    assert answer.status_code == 200, answer.text
+    sparsity = answer.json()["sparsity"]
+    assert sparsity["before"] == sparsity["after"] == pytest.approx(0.5, abs=0.05)
+    assert len(sparsity["layers"]) == 10
+    before, after = (
+        load_file(directory / "model.safetensors")
+        for directory in (ray_server.models_dir / SPARSE_MODEL, Path(answer.json()["path"]))
+    )
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in before)
+    assert sum(not torch.equal(before[name], after[name]) for name in before) == 10
 
 
 def test_a_cancelled_job_stops_and_stays_cancelled_until_it_is_deleted(ray_server: ServiceProcess) -> None:

@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str, str]] = {
     ),
     "a reserved version": ({"adapter_version": "checkpoint-1"}, 422, "adapter_version", "reserved"),
     "other choices": ({"choices": "all"}, 422, "choices", "'labels' or 'texts'"),
-    "a text as resources": ({"resources_per_worker": "all"}, 422, "resources_per_worker", "dictionary"),
+    "a text as resources": ({"resources_per_worker": "all"}, 422, "resources_per_worker", "a JSON object"),
 }
 
 

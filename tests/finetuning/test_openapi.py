@@ -33,6 +33,12 @@ POST   /v1/finetune/merge_adapter
 POST   /v1/ffinetune/merge_adapter
 POST   /v1/sqft/merge_adapter
 POST   /v1/sqft/jobs
+POST   /v1/finetune/search
+GET    /v1/finetune/search
+GET    /v1/finetune/search/{search_id}
+DELETE /v1/finetune/search/{search_id}
+POST   /v1/finetune/search/{search_id}/cancel
+GET    /v1/finetune/search/{search_id}/files/{name}
 GET    /v1/health_check
 GET    /health
 GET    /v1/statistics

@@ -10,7 +10,6 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import Conflict, ServiceError
-from comps.finetuning.jobs.evaluations import find_evaluation
 from comps.finetuning.jobs.find import WITH_OUTPUT, find_job, find_run
 from comps.finetuning.jobs.states import TERMINAL
 from comps.finetuning.jobs.uses import check_not_a_base, check_not_read, is_in, shown
@@ -63,23 +62,6 @@ def delete_job(database: Database, settings: Settings, job_id: str, owner: Owner
             taken.take(settings.jobs_dir / run.id)
     for file_id in results:
         Blobs(settings.files_dir).delete(file_id)
-
-
-def delete_evaluation(database: Database, settings: Settings, evaluation_id: str, owner: Owner) -> None:
-    """Remove an evaluation that has ended. Raises as :func:`delete_job`."""
-    with removal(settings.data_dir) as taken, database.session() as session:
-        evaluation = find_evaluation(session, evaluation_id, owner)
-        if evaluation.status not in TERMINAL:
-            raise Conflict(
-                f"The evaluation {evaluation.id} is {evaluation.status}: cancel it first, with "
-                f"POST /v1/evaluations/{evaluation.id}/cancel.",
-                param="evaluation_id",
-                code="job_not_ended",
-            )
-        directory = settings.jobs_dir / evaluation.id
-        _check_gone(evaluation, directory)
-        session.delete(evaluation)
-        taken.take(directory)
 
 
 def _check_unused(session: Session, job: JobRow, directory: Path, owner: Owner) -> None:

@@ -18,7 +18,7 @@ from comps.finetuning.dependencies import (
     SettingsDep,
 )
 from comps.finetuning.jobs import control
-from comps.finetuning.jobs.delete import delete_evaluation
+from comps.finetuning.jobs.delete import delete_job
 from comps.finetuning.jobs.evaluations import create_evaluation, find_evaluation, visible_evaluations
 from comps.finetuning.jobs.repeats import once
 from comps.finetuning.routes.pages import After, Limit, newest_first
@@ -101,5 +101,7 @@ def remove_evaluation(
     evaluation_id: EvaluationPath, owner: OwnerDep, settings: SettingsDep, database: DatabaseDep
 ) -> EvaluationDeleted:
     """Remove an evaluation that has ended, with its items, events and log."""
-    delete_evaluation(database, settings, evaluation_id, owner)
+    with database.reading() as session:
+        find_evaluation(session, evaluation_id, owner)
+    delete_job(database, settings, evaluation_id, owner)
     return EvaluationDeleted(id=evaluation_id)

@@ -85,16 +85,16 @@ class Joined:
 
 
 class TreeDecoder:
-    """The stand-in for one layer's forward. ``steps``: its two halves, set before a batch."""
+    """The stand-in for the forward of layer ``number``. It keeps nothing of a batch."""
 
-    def __init__(self, parts: DecoderParts) -> None:
+    def __init__(self, parts: DecoderParts, number: int) -> None:
+        self._number = number
         linears = parts.linears
         self._inputs, self._output = Joined(linears[:3]), Joined(linears[3:4])
         self._gate_up, self._down = Joined(linears[4:6]), Joined(linears[6:])
         self._widths = [each.base.out_features for each in linears[:3]]
         self._norms, self._eps = parts.norms, parts.eps
         self._size, self._scaling = parts.head_size, parts.scaling
-        self.steps: tuple[Step, Step] | None = None
 
     @property
     def ranks(self) -> tuple[list[int], list[int]]:
@@ -108,15 +108,19 @@ class TreeDecoder:
         *args: Any,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         tree: Tree | None = None,
+        steps: Sequence[Step] | None = None,
         **others: Any,
     ) -> Tensor:
-        """``hidden_states`` [1, P T, hidden] of packed copies; what is none is the layer's own affair."""
+        """``hidden_states`` [1, P T, hidden] of packed copies; what is none is the layer's own affair.
+        ``steps``: of :func:`plan`; without them the adapters have their active ranks."""
         if tree is None:
             return own(hidden_states, *args, position_embeddings=position_embeddings, **others)
         assert position_embeddings is not None  # the models make them once for all layers
         cos, sin = position_embeddings[0][0], position_embeddings[1][0]
-        ranks = self.ranks
-        first, second = self.steps or (Step([0], [ranks[0]]), Step([0], [ranks[1]]))
+        if steps is None:
+            first, second = (Step([0], [ranks]) for ranks in self.ranks)
+        else:
+            first, second = steps[2 * self._number : 2 * self._number + 2]
         x = _branch(hidden_states[0], first.parents, len(cos))
         cut = len(self._inputs.adapters)
         before = [each[:cut] for each in first.ranks]
@@ -146,12 +150,12 @@ def _branch(x: Tensor, parents: list[int], tokens: int) -> Tensor:
     return x.view(-1, tokens, x.shape[1])[parents].flatten(0, 1)
 
 
-def plan(layers: Sequence[TreeDecoder], ranks: Sequence[Sequence[list[int]]]) -> list[int]:
-    """Set the steps of all layers for configurations whose active ``ranks`` are given
-    [configurations][half layers]; returns the copy in which each configuration ends."""
+def plan(ranks: Sequence[Sequence[list[int]]]) -> tuple[list[Step], list[int]]:
+    """The steps through all half layers for configurations whose ``ranks`` are given [configurations][half
+    layers][adapters], and the copy in which each configuration ends."""
     copy = [0] * len(ranks)
     steps = []
-    for half in range(2 * len(layers)):
+    for half in range(len(ranks[0])):
         known: dict[tuple[int, ...], int] = {}
         parents: list[int] = []
         used: list[list[int]] = []
@@ -163,6 +167,4 @@ def plan(layers: Sequence[TreeDecoder], ranks: Sequence[Sequence[list[int]]]) ->
                 used.append(each[half])
             copy[number] = known[way]
         steps.append(Step(parents, used))
-    for number, layer in enumerate(layers):
-        layer.steps = steps[2 * number], steps[2 * number + 1]
-    return copy
+    return steps, copy

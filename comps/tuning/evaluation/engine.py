@@ -94,16 +94,12 @@ class Engine:
         for config in configurations:
             with self._at(config):
                 ranks.append([half for layer in self._layers for half in layer.ranks])
-        copies = plan(self._layers, ranks)
-        try:
-            hidden = self._hidden(batch).view(-1, batch.tokens, self._model.config.hidden_size)
-        finally:
-            for layer in self._layers:
-                layer.steps = None
-        found = [self._scored(batch, each) for each in hidden]
+        steps, copies = plan(ranks)
+        hidden = self._hidden(batch, steps=steps)
+        found = [self._scored(batch, each) for each in hidden.split(batch.tokens)]
         return [found[copy] for copy in copies]
 
-    def _hidden(self, batch: tree.Packed) -> Tensor:
+    def _hidden(self, batch: tree.Packed, **others: Any) -> Tensor:
         """``[copies * tokens, hidden]``, what the output head reads."""
         ones = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.ids.device)  # so that no mask is made
         hidden: Tensor = self._model.base_model(
@@ -112,6 +108,7 @@ class Engine:
             attention_mask=ones,
             use_cache=False,
             tree=batch.tree,
+            **others,
         ).last_hidden_state[0]
         return hidden
 
@@ -147,9 +144,9 @@ class Engine:
             layers = list(decoder_layers(self._model))
         if not layers or any(parts is None for _, parts in layers):
             return False
-        for layer, parts in layers:
+        for number, (layer, parts) in enumerate(layers):
             assert parts is not None
-            self._layers.append(TreeDecoder(parts))
+            self._layers.append(TreeDecoder(parts, number))
             replace_forward(layer, self._layers[-1])
         if self._same(lambda: self._fused(_trial(self._model), [None])[0]):
             return True

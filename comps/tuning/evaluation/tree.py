@@ -63,11 +63,17 @@ class Packed:
         return self.ids.shape[0]
 
 
-def own_tokens(item: Item) -> tuple[int, int]:
-    """How many tokens an item's rows have in common, and how many they are with these counted once."""
-    needed = [_needed(row) for row in item.rows]
-    common = _common([row.ids for row in item.rows], min(needed))
-    return common, common + sum(each - common for each in needed)
+def sizes(items: Sequence[Item]) -> list[int]:
+    """How many tokens each item adds to a batch of all of them."""
+    if not items:
+        return []
+    shared = _common([row.ids for item in items for row in item.rows], len(items[0].rows[0].ids))
+    found = []
+    for item in items:
+        needed = [_needed(row) for row in item.rows]
+        common = _common([row.ids for row in item.rows], min(needed))
+        found.append(common + sum(each - common for each in needed) - min(shared, common))
+    return found
 
 
 def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> Packed:
