@@ -66,18 +66,21 @@ def test_masked_quantisers_keep_what_nncfs_fill(tmp_path, monkeypatch):
     assert kept == zeros > 9_000
     assert filled > 0.2 * zeros  # when this fails, NNCF masks by itself and the patch can go
 
+    # NNCF's grids are fitted to the same weights; its products are bfloat16, so some fall beside ours.
     for rank in (4, 2):
-        for hook in masked.values():
+        same = count = 0
+        for name, hook in masked.items():
             hook.set_active_rank(rank)
-        with torch.no_grad():
-            for name, weight in plain.named_parameters():
-                if name in masked:
-                    hook = masked[name]
-                    down, up = (each.float() for each in hook.get_active_adapters())
-                    rounding = GridRounding(Grid(4, False, 32).fit(weights[name]))
-                    weight.copy_(rounding.merged(down, up, weights[name], 1.0))
-        # The grids are fitted to the same weights; products of bfloat16 factors differ a little.
-        assert float((logits(model) - logits(plain)).abs().max()) < 0.05 * float(logits(plain).abs().max())
+            weight, grid = weights[name], Grid(4, False, 32)
+            steps = grid.fit(weight)
+            with torch.no_grad():
+                down, up = (each.float() for each in hook.get_active_adapters())
+                ours = GridRounding(steps).merged(down, up, weight, 1.0)
+                apart = grid.grouped(hook.quantize(weight) - ours).abs() / steps.scale[..., None]
+            assert apart.max() < 1.02
+            same, count = same + int((apart < 0.02).sum()), count + apart.numel()
+        assert same > 0.97 * count
+    assert torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize("mode", ["INT4_ASYM", "INT4_SYM"])
