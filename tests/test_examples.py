@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+from fixtures_search import make_super_adapter, write_questions
+from transformers import AutoModelForCausalLM
 
 from comps.tuning.data.records import validate_file
 
@@ -76,3 +79,27 @@ def test_arc_becomes_a_question_and_its_right_answer(tmp_path: Path, record: dic
         json.loads(target.read_text())
         == [{"instruction": "What is red?", "input": "", "output": "Blood"}] * 2
     )
+
+
+def test_a_search_without_a_service_leaves_a_report_and_its_best_adapter(tmp_path: Path) -> None:
+    base, adapter = make_super_adapter(tmp_path)
+    output = tmp_path / "out"
+    arguments = ("--base_model_path", base, "--adapter_model_path", adapter, "--output_dir", output)
+    more = (
+        "--validation_file",
+        write_questions(tmp_path / "questions.json"),
+        "--num_evals",
+        "6",
+        "--population",
+        "4",
+    )
+    said = run("search.py", *arguments, *more)
+    assert re.search(r"^heuristic +0\.\d+ +0\.\d+ +\d", said, flags=re.M)
+    assert "Best of " in said
+    result = json.loads((output / "output" / "search_result.json").read_text())
+    peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "best")
+    cut = json.loads((output / "best" / "sub_adapter.json").read_text())
+    assert (cut["ranks"], cut["parameters"]) == (result["best"]["config"], result["best"]["parameters"])
+    scored = (output / "evaluations.jsonl").read_bytes()
+    assert run("search.py", *arguments, *more).splitlines()[:5] == said.splitlines()[:5]
+    assert (output / "evaluations.jsonl").read_bytes() == scored, "nothing is scored twice"

@@ -1,7 +1,9 @@
 """``python -m comps.tuning SPEC.json``: do one run and leave its result beside the spec.
 
-With ``--ray`` (as a Ray job of the service) a training runs on Ray Train, what is printed goes to the
-run's log, and a run that has its result is not run again; without it all happens in this very process.
+With ``--ray`` (as a Ray job of the service) what is printed goes to the run's log, a run that has its result
+is not run again, and several workers train on Ray Train; all else happens in this very process, whose cores
+the job was submitted with. (With an actor for a single worker and five for Ray Train's bookkeeping its first
+step would come after three times the CPU time.)
 The result file is written last. It is also written, with the error, when the run fails for a reason that
 trying again would not change; a run that dies without one is started again by the service.
 """
@@ -9,6 +11,7 @@ trying again would not change; a run that dies without one is started again by t
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import sys
 import traceback
@@ -19,6 +22,7 @@ from pydantic import ValidationError
 
 from comps.tuning import attempt, rundir
 from comps.tuning.spec import AnySpec, TrainSpec, load_spec
+from patches.transformers_imports import leave_out
 
 
 def main() -> int:
@@ -40,7 +44,7 @@ def main() -> int:
         (spec.directory / rundir.RESULT).unlink(missing_ok=True)
         (spec.directory / rundir.STOP).unlink(missing_ok=True)
     try:
-        if isinstance(spec, TrainSpec) and arguments.ray:
+        if isinstance(spec, TrainSpec) and spec.resources.num_workers > 1 and arguments.ray:
             from comps.tuning.training.on_ray import train_on_ray
 
             train_on_ray(spec, path)  # the workers record the outcome, or die without one
@@ -54,8 +58,13 @@ def main() -> int:
 
 def _run(spec: AnySpec) -> dict[str, Any] | None:
     """The work itself, in this process; what it needs is imported only now."""
+    if isinstance(spec, TrainSpec):
+        leave_out()
     module, _, function = _WORK[spec.kind].partition(":")
-    found: dict[str, Any] | None = getattr(importlib.import_module(module), function)(spec)
+    gc.disable()  # importing makes many objects, hardly any of them garbage
+    work = getattr(importlib.import_module(module), function)
+    gc.enable()
+    found: dict[str, Any] | None = work(spec)
     return found
 
 
@@ -65,8 +74,10 @@ _WORK = {
     "train": "comps.tuning.training.loop:train_alone",
     "extract": "comps.tuning.export.extract:extract",
     "merge": "comps.tuning.export.merge:merge",
-    "evaluate": "comps.tuning.evaluation.run:evaluate",
+    "search": "comps.tuning.search.run:search",
+    "quantize": "comps.tuning.quantised.quantize:quantize",
     "prune": "comps.tuning.sparse.prune:prune",
+    "evaluate": "comps.tuning.evaluation.run:evaluate",
 }
 
 if __name__ == "__main__":

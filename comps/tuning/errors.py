@@ -12,6 +12,12 @@
 
 from __future__ import annotations
 
+# What is said where a package of an extra is missing, as the rest of a sentence.
+NO_OPENVINO = (
+    "writing an OpenVINO model needs the openvino package, which is not installed; "
+    "pip install 'finetuning-service[int4]' installs it"
+)
+
 
 class TuningError(Exception):
     """Base class. ``message`` is a sentence, ``param`` the request field it is about, if any."""

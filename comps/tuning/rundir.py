@@ -63,7 +63,12 @@ def fsync_path(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that readers see the old file or the whole new one, also after a power cut."""
-    _write(path, json.dumps(value, indent=2, ensure_ascii=False).encode(), os.replace, 0o666)
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """As :func:`write_json`, for any content."""
+    _write(path, content, os.replace, 0o666)
 
 
 def create_file(path: Path, content: bytes, mode: int = 0o666) -> None:

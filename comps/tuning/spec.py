@@ -42,6 +42,17 @@ class RankGroup(Spec):
         return self
 
 
+class GridSpec(Spec):
+    """Four bits a weight: with a zero point for each group of inputs, or symmetric about 0.
+
+    ``embeddings``: 8 bits a weight for the embeddings and the output head, or as they are stored.
+    """
+
+    mode: Literal["int4_asym", "int4_sym"] = "int4_asym"
+    group_size: Literal[32, 64, 128] = 64
+    embeddings: Literal["int8", "as_is"] = "int8"
+
+
 class LoraSpec(Spec):
     """A LoRA adapter; with ``groups`` it is an NLS super-adapter of maximal rank ``r``."""
 
@@ -56,12 +67,16 @@ class LoraSpec(Spec):
     sparse: bool = False
     # Sample once per optimizer step (default) or once per micro-batch, as the original does.
     sample_per: Literal["step", "micro_batch"] = "step"
+    # Quantisation-aware: the adapter is trained within the rounding to this grid, and is merged onto it.
+    grid: GridSpec | None = None
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> LoraSpec:
         for index, group in enumerate(self.groups):
             if group.ranks[0] > self.r:
                 raise ValueError(f"group {index} has rank {group.ranks[0]} above r={self.r}")
+        if self.grid and self.dropout:
+            raise ValueError("an adapter within a rounding has no dropout of its own input")
         return self
 
 
@@ -158,7 +173,8 @@ class ExtractSpec(Spec):
     """Cut the sub-adapter ``version`` out of a super-adapter's directory.
 
     ``config`` gives one rank per group, group-major then layer, and is needed for versions that
-    are not ``maximal``, ``heuristic`` or ``minimal``. ``form``: ``pattern`` keeps per-module ranks
+    are not ``maximal``, ``heuristic``, ``minimal`` or ``learned``; ``search`` is the id of the search that
+    has found it, if one has. ``form``: ``pattern`` keeps per-module ranks
     (stock PEFT), ``uniform`` pads with zeros to the super-adapter's rank.
     """
 
@@ -170,10 +186,15 @@ class ExtractSpec(Spec):
     config: tuple[int, ...] | None = None
     form: Literal["pattern", "uniform"] = "pattern"
     output: Path
+    search: str | None = None
 
 
 class MergeSpec(Spec):
-    """Merge an adapter directory (any rank form) into its base model; the result goes to ``output``."""
+    """Merge an adapter directory (any rank form) into its base model; the result goes to ``output``.
+
+    ``openvino``: write the INT4 model that a quantisation-aware adapter gives as an OpenVINO model, too, in
+    ``output/openvino``.
+    """
 
     kind: Literal["merge"] = "merge"
     job_id: str
@@ -181,6 +202,46 @@ class MergeSpec(Spec):
     adapter: Path
     base_model: ModelSpec
     output: Path
+    openvino: bool = False
+
+
+class SearchSpec(Spec):
+    """Search the ranks of a super-adapter for sub-adapters that score well and cost little.
+
+    What is scored are the questions (or records) in ``validation_file``; without one, the rows that the
+    training has held out of its data: ``data``, ``task`` and ``data_seed`` are then those of the training.
+    ``metric`` None: ``acc_norm`` where there are choices, else ``loss``. ``texts``: see
+    ``comps.tuning.evaluation.questions``.
+
+    ``num_evals`` are evaluations of one sub-adapter on all of the search's ``items`` (None: two thirds of
+    what there is, at most 300). With ``halving`` weak ones see a quarter or half of the items only, which
+    counts as a quarter or half. The ``finalists`` are scored on up to ``all_items`` in the end (None: four
+    times ``items``). ``known`` are the ``evaluations.jsonl`` of earlier searches, used where they fit.
+    """
+
+    kind: Literal["search"] = "search"
+    job_id: str
+    directory: Path
+    super_adapter: Path
+    base_model: ModelSpec
+    data: DataSpec
+    task: Literal["instruction_tuning", "pretraining"] = "instruction_tuning"
+    data_seed: int = 42
+    validation_file: Path | None = None
+    validation_name: str = ""
+    texts: bool = False
+    algorithm: Literal["nsga2", "hill_climbing", "random", "learned"] = "nsga2"
+    num_evals: int = Field(50, ge=1)
+    population: int = Field(20, ge=4)
+    seed: int = 42
+    metric: Literal["acc", "acc_norm", "loss"] | None = None
+    cost: Literal["parameters", "macs"] = "parameters"
+    items: int | None = Field(None, ge=4)
+    all_items: int | None = Field(None, ge=4)
+    finalists: int = Field(5, ge=1)
+    halving: bool = True
+    known: tuple[Path, ...] = ()
+    resources: ResourcesSpec = ResourcesSpec()
 
 
 class CalibrationSpec(Spec):
@@ -235,6 +296,33 @@ MetricName = Literal[
 ]
 
 
+class QuantizeSpec(Spec):
+    """Put a base model's weights on integer grids; the new one, called ``name``, goes to ``output``.
+
+    ``nearest`` rounds each weight; ``gptq`` has the weights that come after it in its row make up for the
+    error on ``calibration``. With ``openvino`` the model is also written as an OpenVINO model, in
+    ``output/openvino``.
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    job_id: str
+    directory: Path
+    name: str
+    base_model: ModelSpec
+    method: Literal["nearest", "gptq"] = "nearest"
+    grid: GridSpec = GridSpec()
+    calibration: CalibrationSpec | None = None
+    openvino: bool = False
+    resources: ResourcesSpec = ResourcesSpec()
+    output: Path
+
+    @model_validator(mode="after")
+    def _complete(self) -> QuantizeSpec:
+        if self.method == "gptq" and self.calibration is None:
+            raise ValueError("gptq needs calibration data")
+        return self
+
+
 class EvaluateSpec(Spec):
     """Evaluate a model on questions, from a ``file`` or of a built-in ``task`` (one of the two is given).
 
@@ -273,7 +361,7 @@ class EvaluateSpec(Spec):
         return self
 
 
-AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | EvaluateSpec
+AnySpec = TrainSpec | ExtractSpec | MergeSpec | PruneSpec | QuantizeSpec | EvaluateSpec | SearchSpec
 _ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
 
 

@@ -22,6 +22,24 @@ def sgemm(rows: int = 1024, inner: int = 576, columns: int = 1536, seconds: floa
     return 2e-9 * rows * inner * columns * count / (time.perf_counter() - began)
 
 
+# Frozen products of one of SmolLM2's layers: what goes in and comes out of q, k, v, o; gate, up, down.
+LAYER = ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576))
+
+
+def layer_sgemm(rows: int = 384, seconds: float = 2.0) -> float:
+    """GFLOP/s of a layer's products one after the other, for as many tokens as a packed step has."""
+    factors = [(torch.randn(rows, inner), torch.randn(inner, outer)) for inner, outer in LAYER]
+    one = sum(2e-9 * rows * inner * outer for inner, outer in LAYER)
+    count, began = -3, 0.0
+    while count < 1 or time.perf_counter() - began < seconds:
+        if count == 0:
+            began = time.perf_counter()
+        for a, b in factors:
+            torch.mm(a, b)
+        count += 1
+    return one * count / (time.perf_counter() - began)
+
+
 class Load:
     """Cores that other processes kept busy between two readings of /proc/stat."""
 

@@ -53,6 +53,7 @@ class Side:
         self.inputs, self.loss = (pack, packed_loss) if way != "padded" else (labelled_only, mean_loss)
         if way != "padded" and not packs(base, run.data.max_length):
             raise SystemExit("this model's batches cannot be packed")
+        self.model.eval()  # new adapters have their dropout on
         if way in ("fused", "bf16"):
             fusion = fuse(base)
             if not fusion.layers:

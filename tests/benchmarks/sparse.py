@@ -77,8 +77,8 @@ class Way(Side):
         model = super().load(run)
         for name, weight in model.named_parameters():
             if name.endswith("_proj.weight"):
-                limit = weight.data.abs().flatten().kthvalue(weight.numel() // 2).values
-                weight.data[weight.data.abs() <= limit] = 0
+                size = weight.data.abs()
+                weight.data[size <= size.median()] = 0
         return model
 
 

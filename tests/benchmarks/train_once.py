@@ -2,8 +2,10 @@
 
 Variants: ``nls`` and ``lora`` are ours, ``nls_all`` with its loss on every token, ``nls_bf16`` with products
 in bfloat16. ``stock`` is transformers' Trainer with PEFT's LoRA as the original stack runs it: dynamic
-padding, random batches, gradient checkpointing, loss on every token. ``stock_grouped`` is the best of stock:
-batches by length, no checkpointing, loss on the answers. All train on the same rows, once.
+padding, random batches, gradient checkpointing, loss on every token; ``stock_padded`` pads to ``max_length``
+besides. ``stock_grouped`` is the best of stock: batches by length, no checkpointing, loss on the answers.
+``trl_packing`` is TRL's SFTTrainer with rows packed and without checkpointing, loss on every token. All train
+on the same rows once, and are then asked for the loss of rows that they have not seen.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import json
 import resource
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ from comps.tuning.spec import (
 MODULES = [("q_proj", "k_proj", "v_proj"), ("up_proj",), ("down_proj",)]
 WARM_UP = 2  # steps that are not measured
 ROWS = 16  # of a step
-EVERY_TOKEN = ("stock", "nls_all")
+HELD_OUT = 64  # rows
+OURS = ("lora", "nls", "nls_all", "nls_bf16")
+PEERS = ("stock_padded", "stock", "stock_grouped", "trl_packing")
+EVERY_TOKEN = ("stock_padded", "stock", "trl_packing", "nls_all")
 
 
 def spec(arguments: argparse.Namespace, directory: Path) -> TrainSpec:
@@ -66,94 +70,115 @@ def spec(arguments: argparse.Namespace, directory: Path) -> TrainSpec:
     )
 
 
-def first_rows(data: Path, count: int, directory: Path) -> Path:
-    """A file of the first ``count`` records in ``data``."""
-    records = json.loads(data.read_text())[:count]
-    if len(records) < count:
-        raise SystemExit(f"{data} has {len(records)} records only; {count} are needed")
-    file = directory / "rows.json"
-    file.write_text(json.dumps(records))
+def first_rows(data: Path, count: int, directory: Path, held_out: int = 0) -> Path:
+    """A file of the first ``count`` records in ``data``, or of the next ``held_out`` ones."""
+    records = json.loads(data.read_text())
+    if len(records) < count + held_out:
+        raise SystemExit(f"{data} has {len(records)} records only; {count + held_out} are needed")
+    file = directory / f"rows_{held_out}.json"
+    file.write_text(json.dumps(records[count : count + held_out] if held_out else records[:count]))
     return file
 
 
-def ours(spec: TrainSpec) -> list[tuple[float, int, float]]:
-    """(time, tokens so far, loss) after each step."""
+def ours(spec: TrainSpec) -> tuple[list[tuple[float, int, float]], Any]:
+    """(time, tokens so far, loss) after each step, and the trained model, as stock PEFT loads it."""
+    import peft
+
+    from comps.tuning.models.load import load_base_model
     from comps.tuning.training.loop import train
 
     train(spec)
     lines = (spec.directory / rundir.EVENTS).read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    return [
+    marks = [
         (event["created_at"], event["data"]["trained_tokens"], event["data"]["train_loss"])
         for event in events
         if event["type"] == "metrics"
     ]
+    base = load_base_model(spec.base_model)
+    return marks, peft.PeftModel.from_pretrained(base, str(spec.directory / rundir.OUTPUT))
 
 
-def stock(spec: TrainSpec, grouped: bool) -> list[tuple[float, int, float]]:
-    """The same rows through transformers and PEFT alone."""
-    import peft
+def losses(model: Any, rows: Any, pad: int) -> tuple[float, float]:
+    """The mean loss of ``rows``, of a token of the answers and of any token, computed plainly."""
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from comps.tuning.data.collate import Collator
-    from comps.tuning.data.dataset import build_datasets
-    from comps.tuning.models.load import load_tokenizer
+    from comps.tuning.data.masking import IGNORED
 
-    torch.set_num_threads(spec.resources.cpus or 1)
-    tokenizer = load_tokenizer(spec.base_model)
-    rows = build_datasets(spec.data, spec.task, tokenizer, 42).train
-    model = AutoModelForCausalLM.from_pretrained(spec.base_model.path, dtype=torch.float32)
-    config = peft.LoraConfig(
-        r=16, lora_alpha=32, target_modules=list(spec.lora.target_modules or ()), task_type="CAUSAL_LM"
-    )
-    marks: list[tuple[float, int, float]] = []
+    model.eval()
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(rows), ROWS):
+        batch = Collator(pad)([rows[row] for row in range(start, min(start + ROWS, len(rows)))])
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+        each = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        for place, which in ((0, batch["labels"][:, 1:] != IGNORED), (2, mask[:, 1:].bool())):
+            sums[place] += each[which.flatten()].sum()
+            sums[place + 1] += which.sum()
+    return float(sums[0] / sums[1]), float(sums[2] / sums[3])
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                marks.append((time.time(), state.num_input_tokens_seen, logs["loss"]))
 
-    trainer = Trainer(
-        model=peft.get_peft_model(model, config),
-        args=TrainingArguments(
-            output_dir=str(spec.directory), per_device_train_batch_size=16, learning_rate=1e-4,
-            num_train_epochs=1, logging_steps=1, save_strategy="no", report_to="none",
-            use_cpu=True, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-            include_num_input_tokens_seen="non_padding",
-            activation_checkpointing=not grouped,
-            train_sampling_strategy="group_by_length" if grouped else "random",
-        ),
-        train_dataset=rows,
-        data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[Clock()],
+def flops(model: Any, rows: Any, variant: str) -> float:
+    """Of a training step, for each row: 4 for each weight of the frozen layers and token (forward, and the
+    gradient of what goes in), and as many for the head's where there is a label. Padding does not count, nor
+    what is computed twice, nor, for ours, what all rows of a batch begin with, except once."""
+    import torch
+
+    head = model.get_base_model().get_output_embeddings()
+    weights = sum(
+        each.weight.numel() for name, each in model.named_modules()
+        if type(each) is torch.nn.Linear and each is not head and ".lora_" not in name
     )  # fmt: skip
-    trainer.train()
-    return marks
+    tokens = sum(rows.lengths) / len(rows)
+    labels = sum(sum(label >= 0 for label in row["labels"][1:]) for row in rows) / len(rows)
+    if variant in OURS:
+        tokens -= rows.common_beginning() * (1 - 1 / ROWS)
+    return float(4 * (weights * tokens + head.weight.numel() * labels))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("variant", choices=["nls", "nls_all", "nls_bf16", "lora", "stock", "stock_grouped"])
+    parser.add_argument("variant", choices=[*PEERS, *OURS])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    from comps.tuning.data.dataset import build_datasets
+    from comps.tuning.models.load import load_tokenizer
+
     with tempfile.TemporaryDirectory() as directory:
-        arguments.data = first_rows(arguments.data, ROWS * arguments.steps, Path(directory))
+        count = ROWS * arguments.steps
+        unseen = first_rows(arguments.data, count, Path(directory), HELD_OUT)
+        arguments.data = first_rows(arguments.data, count, Path(directory))
         run = spec(arguments, Path(directory) / "run")
-        if arguments.variant.startswith("stock"):
-            marks = stock(run, grouped=arguments.variant == "stock_grouped")
+        tokenizer = load_tokenizer(run.base_model)
+        rows = build_datasets(run.data, run.task, tokenizer, 42).train
+        answers = run.data.model_copy(
+            update={"train_file": unseen, "mask_input": True, "mask_response": True}
+        )
+        if arguments.variant in PEERS:
+            from tests.benchmarks.peers import stock
+
+            marks, model = stock(run, rows, tokenizer, arguments.variant)
         else:
-            marks = ours(run)
+            marks, model = ours(run)
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        held_out = build_datasets(answers, run.task, tokenizer, 42).train
+        of_answers, of_all = losses(model, held_out, tokenizer.pad_token_id)
     seconds = marks[-1][0] - marks[WARM_UP - 1][0]
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    tokens = (marks[-1][1] - marks[WARM_UP - 1][1]) / seconds
+    samples = tokens * len(rows) / sum(rows.lengths)
     result = {
-        "samples_per_second": ROWS * (len(marks) - WARM_UP) / seconds,
-        "tokens_per_second": (marks[-1][1] - marks[WARM_UP - 1][1]) / seconds,
+        "samples_per_second": samples,
+        "tokens_per_second": tokens,
+        "gflops": 1e-9 * samples * flops(model, rows, arguments.variant),
         "peak_gb": usage.ru_maxrss / 2**20,
-        "loss": sum(mark[2] for mark in marks) / len(marks),
+        "loss_answers": of_answers,
+        "loss_all": of_all,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
     }
     json.dump(result, sys.stdout)

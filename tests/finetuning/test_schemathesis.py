@@ -69,7 +69,8 @@ class Known:
             if name in case.path_parameters and case.method == "GET":
                 case.path_parameters[name] = value
         if isinstance(case.body, dict):
-            values = {"model": MODEL, "training_file": FILE, "fine_tuning_job_id": self.job_id, "wait": False}
+            values = {"model": MODEL, "training_file": FILE, "validation_file": FILE, "wait": False}
+            values["fine_tuning_job_id"] = self.job_id
             for name in values.keys() & self.fields(case):
                 if isinstance(case.body.get(name, ""), str | bool):
                     case.body[name] = values[name]

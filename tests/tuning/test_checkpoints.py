@@ -152,8 +152,8 @@ def test_another_runs_damaged_checkpoint_is_one_sentence(
 def test_a_checkpoint_holds_a_stock_adapter_and_no_foreign_pickle(undisturbed: Run) -> None:
     names = {path.name for path in (undisturbed.output / "checkpoint-4").iterdir()}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "checkpoint.json", "optimizer.pt",
-        "rng_state.pth", "scheduler.pt", "trainer_state.json",
+        "adapter_config.json", "adapter_model.safetensors", "checkpoint.json",
+        "nls_statistics.jsonl", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json",
     }  # fmt: skip
     manifest = json.loads((undisturbed.output / "checkpoint-4" / MANIFEST).read_text())
     assert manifest["step"] == 4

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from fixtures_models import save_tiny_model
 from fixtures_training import Run, assert_same_weights, run, train_spec, write_records
 
 from comps.tuning.errors import ResourceError
+from comps.tuning.spec import ResourcesSpec
 from comps.tuning.training import cost
 from comps.tuning.training.trainer import TuningTrainer
 
@@ -71,18 +73,18 @@ def test_the_trial_leaves_the_run_as_it_would_be_without(
 def test_gradient_checkpointing_comes_on_when_memory_asks_for_it(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial, grown = cost._Trial, list[int]()
+    measured, grown = cost._measured, list[int]()
 
-    class Recorded(trial):  # type: ignore[misc, valid-type]
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
-            grown.append(self.grown)
+    def recorded(trainer: TuningTrainer, rows: list[int]) -> tuple[int, int, float]:
+        before, peak, seconds = measured(trainer, rows)
+        grown.append(peak - before)
+        return before, peak, seconds
 
-    monkeypatch.setattr(cost, "_Trial", Recorded)
+    monkeypatch.setattr(cost, "_measured", recorded)
     plain = run(train_spec(tmp_path / "plain", model, data, **SETTINGS))
     assert "gradient checkpointing" not in " ".join(plain.messages)
-    # Room for most of what the first trial took.
-    monkeypatch.setattr(cost, "available_memory", lambda: int(0.9 * grown[1]))
+    # Room for more than what half a batch took, but not for a whole one.
+    monkeypatch.setattr(cost, "available_memory", lambda: int(1.4 * grown[1]))
     small = run(train_spec(tmp_path / "small", model, data, **SETTINGS))
     assert "with gradient checkpointing, which the memory asks for" in " ".join(small.messages)
     assert grown[-1] < 0.8 * grown[1], "the same batch, without and with checkpointing"
@@ -96,6 +98,29 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
     with pytest.raises(ResourceError, match="smaller batch_size") as raised:
         run(train_spec(tmp_path / "run", tiny, data, **SETTINGS))
     assert raised.value.param == "Training.batch_size"
+
+
+def test_one_of_several_workers_is_refused_for_what_would_not_even_fit_alone(
+    tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = ResourcesSpec(num_workers=2, cpus=1)
+    monkeypatch.setattr(cost, "available_memory", lambda: -(10**9))
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with pytest.raises(ResourceError, match=r"or for General\.enable_gradient_checkpointing"):
+            run(train_spec(tmp_path / "run", tiny, data, **SETTINGS, resources=several))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_run_that_starts_from_another_jobs_checkpoint_has_not_fitted_before(
+    tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(train_spec(tmp_path / "first", tiny, data, **SETTINGS, save_steps=3, max_train_steps=3))
+    monkeypatch.setattr(cost, "available_memory", lambda: -(10**9))
+    further = SETTINGS | {"max_train_steps": 5, "resume_from": first.output / "checkpoint-3"}
+    with pytest.raises(ResourceError, match="smaller batch_size"):
+        run(train_spec(tmp_path / "second", tiny, data, **further))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4, 8])
@@ -113,14 +138,13 @@ def test_steps_and_tokens_with_accumulation(
 def test_a_run_that_asks_for_gradient_checkpointing_is_measured_with_it(
     tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial, on = cost._Trial, list[bool]()
+    measured, on = cost._measured, list[bool]()
 
-    class Recorded(trial):  # type: ignore[misc, valid-type]
-        def __init__(self, trainer: TuningTrainer, rows: list[int]) -> None:
-            on.append(any(getattr(each, "gradient_checkpointing", False) for each in trainer.model.modules()))
-            super().__init__(trainer, rows)
+    def recorded(trainer: TuningTrainer, rows: list[int]) -> tuple[int, int, float]:
+        on.append(any(getattr(each, "gradient_checkpointing", False) for each in trainer.model.modules()))
+        return measured(trainer, rows)
 
-    monkeypatch.setattr(cost, "_Trial", Recorded)
+    monkeypatch.setattr(cost, "_measured", recorded)
     settings = SETTINGS | {"max_train_steps": 1, "gradient_checkpointing": True}
     asked = run(train_spec(tmp_path / "asked", tiny, data, **settings))
     assert on == [True, True]

@@ -102,7 +102,7 @@ def test_ranks_change_from_step_to_step() -> None:
 
 def test_dropout_draws_what_it_draws_without_fusion() -> None:
     model, _ = adapted("qwen2", dropout=0.3)
-    rows = BATCHES["answers at the end"]
+    rows = BATCHES["every token"]  # else the last layer has fewer tokens to draw for
     model.train()
     fusion = Fusion(0, False, packed_loss)
     losses = []
@@ -124,6 +124,22 @@ def test_dropout_draws_what_it_draws_without_fusion() -> None:
     assert_close(losses[1][1], losses[0][1])
     torch.manual_seed(4)
     assert loss_of(model, fusion, rows).item() != pytest.approx(losses[0][0], rel=1e-4)
+
+
+def test_the_last_layer_goes_on_with_the_tokens_that_predict_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = adapted()
+    widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+    fusion = fuse(model)
+    tokens, forward = [], Projections.forward
+
+    def counted(self: Projections, x: Tensor, *others: Any) -> Any:
+        if x.shape[1] in widths:
+            tokens.append(len(x))
+        return forward(self, x, *others)
+
+    monkeypatch.setattr(Projections, "forward", counted)
+    loss_of(model, fusion, BATCHES["answers at the end"])
+    assert tokens == [12, 5]
 
 
 def test_gradient_checkpointing_computes_each_layer_twice_and_changes_nothing(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+import transformers
 from fixtures_models import tiny_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
@@ -18,6 +22,7 @@ from patches import PatchError
 from patches.peft import ElasticRank, check_seam, make_layer_elastic
 from patches.transformers import causal_lm_types
 
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict"
 
 
@@ -170,3 +175,24 @@ def test_no_class_of_peft_is_changed():
     make_layer_elastic(layer, "default", Group(1))
     assert isinstance(layer.lora_variant["default"], ElasticRank)
     assert (dict(vars(LoraLinear)), dict(vars(LoraLayer))) == before
+
+
+def test_training_imports_neither_data_frames_nor_solvers():
+    code = "\n".join(
+        [
+            "import sys",
+            "from patches.transformers_imports import leave_out",
+            "leave_out()",
+            "import comps.tuning.training.loop",
+            "heavy = {'datasets', 'pandas', 'pyarrow', 'scipy', 'ray'} & set(sys.modules)",
+            "assert not heavy, heavy",
+            "import datasets",  # whoever wants it can have it
+        ]
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_transformers_still_imports_what_is_there_at_once():
+    """The patch can go when this fails."""
+    source = Path(transformers.__file__).with_name("trainer.py").read_text()
+    assert "\nif is_datasets_available():\n    import datasets\n" in source

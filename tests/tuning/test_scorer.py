@@ -12,7 +12,7 @@ from fixtures_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from comps.tuning.elastic.model import load_super_adapter
+from comps.tuning.elastic.model import load_adapter, make_elastic
 from comps.tuning.errors import AdapterError
 from comps.tuning.evaluation.engine import Engine
 from comps.tuning.evaluation.items import Items
@@ -238,7 +238,8 @@ def test_a_sparse_super_adapter_is_scored_through_its_own_layers(tmp_path: Path)
     _, space, _ = super_adapter(base, lora(sparse=True), tmp_path)
     fresh = tiny_model()
     fresh.load_state_dict(zeroed)
-    model, controller = load_super_adapter(fresh, tmp_path, space)
+    model = load_adapter(fresh, tmp_path)
+    controller = make_elastic(model, space)
     items, scorer = choice_items(), Scorer(model, controller)
     assert scorer.way == "packed"
     found = scorer.score(items, [space.minimal, space.maximal])

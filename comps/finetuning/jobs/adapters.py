@@ -7,6 +7,7 @@ models root is the operator's.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +19,29 @@ from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
 from comps.finetuning.jobs.create import check_queue
 from comps.finetuning.jobs.find import find_base_model, find_job, find_model
+from comps.finetuning.jobs.found import BEST, found_by_search, is_searched
 from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.states import ACTIVE, add_event
 from comps.finetuning.owner import Owner
-from comps.finetuning.schemas.adapters import AdapterAnswer, AdapterRequest, ExtractRequest, MergeRequest
+from comps.finetuning.schemas.adapters import (
+    AdapterAnswer,
+    AdapterRequest,
+    ExtractRequest,
+    MergeRequest,
+    SourceRequest,
+)
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import JobRow, ModelRow, new_id
 from comps.tuning.elastic.read_space import load_space
-from comps.tuning.errors import AdapterError
+from comps.tuning.errors import NO_OPENVINO, AdapterError
+from comps.tuning.export.adapter import CONFIG, read_json
 from comps.tuning.rundir import OUTPUT
+from comps.tuning.search import learned
 from comps.tuning.spec import ExtractSpec, MergeSpec, ModelSpec, TrainSpec
 
 MERGED = "merged_model"
-BEST = "best"  # the version that a search of the space gives
 
 
 @dataclass(frozen=True)
@@ -74,45 +83,35 @@ def create_extract(
         raise InvalidRequest(
             "adapter_version is missing: a custom_config needs a name of its own.", param="adapter_version"
         )
-    version = version or "heuristic"
+    version = version or (BEST if request.search_id else "heuristic")
     with database.reading() as session:
-        source = _source(session, settings, request, owner)
+        source = find_source(session, settings, request, owner)
         known = _known(session, "extract", source.id, version)
+        searched = None
+        if is_searched(version):
+            searched = found_by_search(session, source.id, version, request.search_id)
     if not source.elastic:
         raise InvalidRequest(
-            f"{_capital(source)} has no elastic ranks (neural_lora_search was off), so there is nothing to "
+            f"{capital(source)} has no elastic ranks (neural_lora_search was off), so there is nothing to "
             "extract; its adapter can be merged as it is.",
             param="fine_tuning_job_id",
         )
-    if version == BEST and known is None:
-        raise InvalidRequest(
-            f"adapter_version: {BEST!r} is kept for what a search finds, and none was made of {source}; give "
-            "a custom_config a name of its own.",
-            param="adapter_version",
-        )
-    custom: Sequence[int] | None = request.custom_config
-    form = request.form
-    if known is not None:
-        # Whoever asks again for a version need not say again what it is.
-        made = ExtractSpec.model_validate(known.spec)
-        custom = made.config if custom is None else custom
-        form = request.form if "form" in request.model_fields_set else made.form
-    try:
-        config = load_space(source.directory).resolve(version, custom)
-    except AdapterError as error:
-        raise InvalidRequest(_capital(error).rstrip(".") + ".", param=error.param) from error
+    made = None if known is None else ExtractSpec.model_validate(known.spec)
+    config = _configuration(source, version, request.custom_config, searched, made)
+    # Whoever asks again for a version need not say again what it is.
+    form = made.form if made and "form" not in request.model_fields_set else request.form
     output = source.output / version
     if output.exists() and not (output / "adapter_config.json").is_file():
         raise InvalidRequest(f"adapter_version: {version!r} is reserved.", param="adapter_version")
     job_id = new_id("extract")
     spec = ExtractSpec(
         job_id=job_id, directory=settings.jobs_dir / job_id, super_adapter=source.directory, version=version,
-        config=config, form=form, output=output,
+        config=config, form=form, output=output, search=searched and searched[0],
     )  # fmt: skip
 
     with database.session() as session:
         claim(session, repeat)
-        _source(session, settings, request, owner)  # could have been deleted since
+        find_source(session, settings, request, owner)  # could have been deleted since
         job = _known(session, "extract", source.id, version)
         if job is None:
             check_queue(session, settings)
@@ -120,11 +119,50 @@ def create_extract(
         same = ExtractSpec.model_validate(job.spec)
         if (same.config, same.form) != (config, form):
             raise Conflict(
-                f"The version {version!r} of {source} exists with another configuration; choose another.",
+                f"The version {version!r} of {source} exists with another configuration"
+                + (f" (of the search {same.search})" if same.search else "")
+                + "; choose another, or delete its model first.",
                 param="adapter_version",
             )
         keep(session, repeat, AdapterAnswer.of(job, request))
         return job
+
+
+def _configuration(
+    source: Source,
+    version: str,
+    custom: Sequence[int] | None,
+    searched: tuple[str, tuple[int, ...]] | None,
+    made: ExtractSpec | None,
+) -> tuple[int, ...]:
+    """The ranks of a version: by its rule, as asked, as a search has found them, or as they were before.
+
+    Raises :class:`InvalidRequest`.
+    """
+    if is_searched(version) and made is None and (searched is None or custom is not None):
+        none = "" if searched else f", and none of {source} has finished; POST /v1/finetune/search begins one"
+        raise InvalidRequest(
+            f"adapter_version: {version!r} is kept for what a search finds{none}; give a custom_config a "
+            "name of its own.",
+            param="adapter_version",
+        )
+    try:
+        space = load_space(source.directory)
+        if searched is not None:
+            custom = searched[1]
+        elif made is not None and custom is None:
+            custom = made.config
+        elif version == learned.VERSION and made is None:
+            taught = learned.read(source.directory, space)
+            if custom is not None and tuple(custom) != taught:
+                raise AdapterError(
+                    f"custom_config is not the {version} configuration; give it a version name of its own",
+                    param="custom_config",
+                )
+            custom = taught
+        return space.resolve(version, custom)
+    except AdapterError as error:
+        raise InvalidRequest(capital(error).rstrip(".") + ".", param=error.param) from error
 
 
 def create_merge(
@@ -137,12 +175,12 @@ def create_merge(
     """As :func:`create_extract`, for a merge. The version must have been extracted before."""
     version = _version(request)
     with database.reading() as session:
-        source = _source(session, settings, request, owner)
+        source = find_source(session, settings, request, owner)
         extracting = _known(session, "extract", source.id, version) if version else None
     adapter = source.output / version if version else source.directory
     if version and not source.elastic:
         raise InvalidRequest(
-            f"{_capital(source)} has no elastic ranks, so no version {version!r}; leave adapter_version out.",
+            f"{capital(source)} has no elastic ranks, so no version {version!r}; leave adapter_version out.",
             param="adapter_version",
         )
     if extracting and extracting.status in ACTIVE:
@@ -156,24 +194,51 @@ def create_merge(
             param="adapter_version",
             code="version_not_found",
         )
+    if request.openvino:
+        check_openvino()
+        if not quantisation_aware(adapter):
+            raise InvalidRequest(
+                f"openvino is for INT4 models, and {source} was not trained with quantization_aware.",
+                param="openvino",
+            )
     if source.base_model.local:
         catalog.check_mergeable(Path(source.base_model.path))
     job_id = new_id("merge")
     output = (source.output / version if version else source.output) / MERGED
     spec = MergeSpec(
         job_id=job_id, directory=settings.jobs_dir / job_id, adapter=adapter, base_model=source.base_model,
-        output=output,
+        output=output, openvino=request.openvino,
     )  # fmt: skip
 
     with database.session() as session:
         claim(session, repeat)
-        _source(session, settings, request, owner)  # could have been deleted since
+        find_source(session, settings, request, owner)  # could have been deleted since
         known = _known(session, "merge", source.id, version)
+        if known and request.openvino and not known.spec.get("openvino"):
+            if known.status in ACTIVE:
+                raise Conflict(
+                    f"The merge {known.id} of the same without openvino has not ended.", param="openvino"
+                )
+            known = None
         if known is None:
             check_queue(session, settings)
         job = known or _new_row(session, spec, source, version, request)
         keep(session, repeat, AdapterAnswer.of(job, request))
         return job
+
+
+def check_openvino() -> None:
+    """Raises :class:`InvalidRequest` where OpenVINO is not installed."""
+    if importlib.util.find_spec("openvino") is None:
+        raise InvalidRequest(f"openvino: {NO_OPENVINO}.", param="openvino")
+
+
+def quantisation_aware(adapter: Path) -> bool:
+    """Whether the adapter in this directory was trained within the rounding to a grid."""
+    try:
+        return bool(read_json(adapter / CONFIG).get("grid"))
+    except (AdapterError, AttributeError):  # the merge itself will say what is wrong with it
+        return False
 
 
 def _version(request: AdapterRequest) -> str | None:
@@ -186,7 +251,11 @@ def _version(request: AdapterRequest) -> str | None:
     return first or second
 
 
-def _source(session: Session, settings: Settings, request: AdapterRequest, owner: Owner) -> Source:
+def find_source(session: Session, settings: Settings, request: SourceRequest, owner: Owner) -> Source:
+    """The adapter that a request names.
+
+    Raises :class:`InvalidRequest`, :class:`NotFound`, or :class:`Conflict` when its job has not succeeded.
+    """
     source = _named(session, settings, request, owner)
     if not (source.directory / "adapter_config.json").is_file():
         raise NotFound(
@@ -197,7 +266,7 @@ def _source(session: Session, settings: Settings, request: AdapterRequest, owner
     return source
 
 
-def _named(session: Session, settings: Settings, request: AdapterRequest, owner: Owner) -> Source:
+def _named(session: Session, settings: Settings, request: SourceRequest, owner: Owner) -> Source:
     if request.fine_tuning_job_id:
         return _of_job(settings, find_job(session, request.fine_tuning_job_id, owner))
     if not request.model:
@@ -270,6 +339,7 @@ def _new_row(
     return job
 
 
-def _capital(text: object) -> str:
+def capital(text: object) -> str:
+    """As a sentence begins."""
     sentence = str(text)
     return sentence[:1].upper() + sentence[1:]

@@ -14,19 +14,20 @@ from sqlalchemy.orm import Session
 
 from comps.cores.errors import InvalidRequest
 from comps.finetuning import catalog
+from comps.finetuning.jobs.adapters import check_openvino
 from comps.finetuning.jobs.create import check_queue
 from comps.finetuning.jobs.find import find_base_model, find_data_file
 from comps.finetuning.jobs.names import check_free
 from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.states import add_event
 from comps.finetuning.owner import Owner
-from comps.finetuning.schemas.bases import NewBaseAnswer, NewBaseRequest, PruneRequest
+from comps.finetuning.schemas.bases import NewBaseAnswer, NewBaseRequest, PruneRequest, QuantizeRequest
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import FileRow, JobRow, new_id
 from comps.tuning.rundir import OUTPUT
-from comps.tuning.spec import CalibrationSpec, ModelSpec, PruneSpec, ResourcesSpec
+from comps.tuning.spec import CalibrationSpec, GridSpec, ModelSpec, PruneSpec, QuantizeSpec, ResourcesSpec
 
 
 def create_prune(
@@ -64,6 +65,38 @@ def create_prune(
         name=request.name or f"{base_model.name}:{request.method}-{target}:{job_id}",
         base_model=base_model, method=request.method, sparsity=request.sparsity, pattern=request.pattern,
         calibration=calibration(settings, request, file) if file else None,
+        **placed(settings, request, job_id),
+    )  # fmt: skip
+    return write_row(database, settings, request, spec, file, warnings, owner, repeat)
+
+
+def create_quantize(
+    database: Database,
+    settings: Settings,
+    request: QuantizeRequest,
+    owner: Owner,
+    repeat: Repeat | None = None,
+) -> JobRow:
+    """Write the row of a new quantisation. Raises as :func:`create_prune`."""
+    if request.openvino:
+        check_openvino()
+    needs_data = request.method == "gptq"
+    if needs_data and request.calibration_file is None:
+        raise InvalidRequest(
+            "calibration_file is missing: gptq looks at what the weights are multiplied with. Name an "
+            "uploaded file, or use the method nearest, which needs none.",
+            param="calibration_file",
+        )
+    base_model, file = look_up(database, settings, request, owner, needs_data)
+    warnings = request_warnings(request)
+    if request.calibration_file and not needs_data:
+        warnings.append(f"calibration_file is not used: {request.method} needs no data.")
+    job_id = new_id("quantize")
+    spec = QuantizeSpec(
+        name=request.name or f"{base_model.name}:{request.mode}-{request.group_size}:{job_id}",
+        base_model=base_model, method=request.method,
+        grid=GridSpec(mode=request.mode, group_size=request.group_size, embeddings=request.embeddings),
+        calibration=calibration(settings, request, file) if file else None, openvino=request.openvino,
         **placed(settings, request, job_id),
     )  # fmt: skip
     return write_row(database, settings, request, spec, file, warnings, owner, repeat)
@@ -108,7 +141,7 @@ def write_row(
     database: Database,
     settings: Settings,
     request: NewBaseRequest,
-    spec: PruneSpec,
+    spec: PruneSpec | QuantizeSpec,
     file: FileRow | None,
     warnings: list[str],
     owner: Owner,
@@ -140,7 +173,7 @@ def write_row(
     return job
 
 
-def _tell(session: Session, job: JobRow, spec: PruneSpec) -> None:
+def _tell(session: Session, job: JobRow, spec: PruneSpec | QuantizeSpec) -> None:
     add_event(session, job, f"Created: {spec.kind} of the model {spec.base_model.name!r}")
     for warning in job.warnings:
         add_event(session, job, warning, level="warn")

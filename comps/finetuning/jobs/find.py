@@ -51,7 +51,7 @@ def needs_file(file_id: str | SQLColumnExpression[str]) -> ColumnElement[bool]:
 
 
 # Kinds of jobs whose output is their own; extractions and merges write beside the adapter they are of.
-WITH_OUTPUT = ("fine_tuning", "prune", "evaluate")
+WITH_OUTPUT = ("fine_tuning", "prune", "quantize", "evaluate", "search")
 
 
 def find_job(session: Session, job_id: str, owner: Owner, param: str = "fine_tuning_job_id") -> JobRow:
@@ -136,7 +136,7 @@ def find_base_model(session: Session, settings: Settings, name: str, owner: Owne
             )
         own_code = catalog.runs_own_code(settings, Path(row.path))
         return ModelSpec(name=name, path=row.path, trust_remote_code=own_code)
-    return catalog.resolve(settings, name)
+    return catalog.resolve(settings, name, owner.id)
 
 
 def find_checkpoint(session: Session, name: str, owner: Owner) -> tuple[CheckpointRow, JobRow]:

@@ -73,6 +73,12 @@ def _finish_adapter(session: Session, job: JobRow, result: dict[str, Any]) -> No
     )
 
 
+def _finish_search(session: Session, job: JobRow, result: dict[str, Any]) -> None:
+    """Nothing is made of it yet: extraction takes ``best`` and ``pareto-<k>`` from the result."""
+    message = "The search has succeeded: its best sub-adapter is the adapter_version 'best'"
+    transition(session, job, "succeeded", message, result=result, cpus=None)
+
+
 def _finish_base(session: Session, job: JobRow, result: dict[str, Any]) -> None:
     """A new base model, under the name that its request has chosen or was given."""
     name = job.spec["name"]
@@ -100,6 +106,8 @@ _FINISH: dict[str, Callable[[Session, JobRow, dict[str, Any]], None]] = {
     "fine_tuning": _finish_training,
     "extract": _finish_adapter,
     "merge": _finish_adapter,
-    "evaluate": _finish_evaluation,
+    "search": _finish_search,
     "prune": _finish_base,
+    "quantize": _finish_base,
+    "evaluate": _finish_evaluation,
 }

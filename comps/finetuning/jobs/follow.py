@@ -81,11 +81,14 @@ def _record(session: Session, job: JobRow, offset: int, line: bytes) -> None:
 
 
 def _progress(job: JobRow, data: dict[str, Any], created_at: float) -> None:
-    """``data`` has ``step``, ``total_steps`` and, once it is known, ``seconds_left`` (from the event on)."""
+    """``data`` has ``step``, ``total_steps`` and, once it is known, ``seconds_left`` (from the event on);
+    ``saved`` says that a run that died now would go on from here."""
     job.progress = {**job.progress, **data}
     # What is left of a paused job's last lines tells nothing about when it will end.
     if (left := data.get("seconds_left")) is not None and job.status == "running":
         job.estimated_finish = created_at + float(left)
+    if data.get("saved"):
+        job.failures = 0  # as after a checkpoint
     if (tokens := data.get("trained_tokens")) is not None:
         job.trained_tokens = int(tokens)
 
@@ -103,4 +106,4 @@ def _checkpoint(session: Session, job: JobRow, data: dict[str, Any], created_at:
             CheckpointRow.job_id == job.id, CheckpointRow.step.in_(data.get("removed", []))
         )
     )
-    job.failures = 0  # the run moves: deaths before this one no longer count against it
+    job.failures = job.losses = 0  # the run moves: deaths before this one no longer count against it

@@ -16,7 +16,7 @@ from comps.finetuning.jobs.secrets import Secrets
 from comps.finetuning.store.tables import JobRow
 from comps.tuning.data.apart import validate_safely
 from comps.tuning.errors import DataError, RecordTooLarge, TooManyRecords, TuningError
-from comps.tuning.spec import CalibrationSpec, DataSpec, PruneSpec, TrainSpec, read_spec
+from comps.tuning.spec import CalibrationSpec, DataSpec, PruneSpec, QuantizeSpec, TrainSpec, read_spec
 
 # What the operator changes to allow more.
 _SETTINGS: dict[type[DataError], str] = {
@@ -39,7 +39,7 @@ def validate(job: JobRow, secrets: Secrets) -> Verdict:
     Blocking; memory stays bounded at any file size.
     """
     spec = read_spec(job.spec)
-    assert isinstance(spec, TrainSpec | PruneSpec)
+    assert isinstance(spec, TrainSpec | PruneSpec | QuantizeSpec)
     warnings: list[str] = []
     for path, name, param, task, data in _files(spec):
         code = f"invalid_{param}"
@@ -68,9 +68,9 @@ def validate(job: JobRow, secrets: Secrets) -> Verdict:
 _File = tuple[Path, str, str, str, DataSpec | CalibrationSpec]
 
 
-def _files(spec: TrainSpec | PruneSpec) -> Iterator[_File]:
+def _files(spec: TrainSpec | PruneSpec | QuantizeSpec) -> Iterator[_File]:
     """Path, client's name, request field and task of each data file, and the limits it must keep."""
-    if isinstance(spec, PruneSpec):
+    if not isinstance(spec, TrainSpec):
         if found := spec.calibration:
             yield found.file, found.name, "calibration_file", "calibration", found
         return

@@ -28,15 +28,20 @@ def _not_reserved(name: str) -> str:
 Version = Annotated[Name, AfterValidator(_not_reserved)]
 
 
-class AdapterRequest(Tolerant):
-    """What both have: the source, and whether the answer waits for the end of the work.
+class SourceRequest(Tolerant):
+    """What is to be done with a job's adapter, or with a registered super-adapter.
 
-    ``model`` is the id of a registered super-adapter. It is only looked at without a
-    ``fine_tuning_job_id``, since a job object, passed on as it is, has its base model there.
+    ``model`` is the id of the latter. It is only looked at without a ``fine_tuning_job_id``, since a job
+    object, passed on as it is, has its base model there.
     """
 
     fine_tuning_job_id: str | None = Field(None, max_length=200)
     model: str | None = Field(None, max_length=1000)
+
+
+class AdapterRequest(SourceRequest):
+    """What extraction and merge have: the version, and whether the answer waits for the end of the work."""
+
     adapter_version: Version | None = None
     sub_adapter_version: Version | None = Field(None, description="Another name of `adapter_version`")
     wait: bool = Field(True, description="False: answer at once, with the state of the work")
@@ -49,6 +54,9 @@ class ExtractRequest(AdapterRequest):
     custom_config: Annotated[list[Integer], Field(max_length=100_000, fail_fast=True)] | None = Field(
         None, description="One rank for each group and layer: index = group * layers + layer"
     )
+    search_id: str | None = Field(
+        None, max_length=200, description="The search that found `best` or `pareto-<k>`; absent: the newest"
+    )
     form: Literal["pattern", "uniform"] = Field(
         "pattern",
         description="Per-module ranks, or all of them padded with zeros to the super-adapter's rank",
@@ -57,6 +65,10 @@ class ExtractRequest(AdapterRequest):
 
 class MergeRequest(AdapterRequest):
     """Merge an adapter into its base model; without a version, the adapter as it was trained."""
+
+    openvino: bool = Field(
+        False, description="Of a quantization_aware job: write the INT4 model as an OpenVINO model, too"
+    )
 
 
 class AdapterAnswer(BaseModel):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from comps.finetuning.catalog import MAX_NAME
+from comps.finetuning.schemas.lora import GroupSize
 from comps.finetuning.schemas.models import free_name
 from comps.finetuning.schemas.tolerant import Count, Integer, Number, Tolerant
 from comps.finetuning.schemas.training import Seed, WorkerResources
@@ -50,6 +51,23 @@ class PruneRequest(NewBaseRequest):
         None, description="The part of each output row's weights that become zero"
     )
     pattern: Pattern | None = Field(None, description="N:M: of M consecutive inputs N weights stay")
+
+
+class QuantizeRequest(NewBaseRequest):
+    """Make an INT4 model of a base model."""
+
+    method: Literal["nearest", "gptq"] = Field(
+        "nearest",
+        description="Round each weight, or have others make up for its error on the calibration file",
+    )
+    mode: Literal["int4_asym", "int4_sym"] = Field(
+        "int4_asym", description="With a zero point for each group of inputs, or symmetric about 0"
+    )
+    group_size: GroupSize = Field(64, description="Inputs that share a scale: 32, 64 or 128")
+    embeddings: Literal["int8", "as_is"] = Field(
+        "int8", description="Embeddings and output head: 8 bits, or as they are stored"
+    )
+    openvino: bool = Field(False, description="Write it as an OpenVINO model, too")
 
 
 class NewBaseAnswer(BaseModel):

@@ -77,13 +77,11 @@ def _spaces(value: object) -> object:
 ModuleNames = Annotated[list[str], BeforeValidator(_module_names)]
 
 
-def _not_yet(value: object) -> object:
-    if value not in (False, "false", None):
-        raise ValueError("this is not available in this version; leave it out or set it to false")
-    return False
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 4 else value
 
 
-NotYet = Annotated[Literal[False], BeforeValidator(_not_yet)]
+GroupSize = Annotated[Literal[32, 64, 128], BeforeValidator(_whole)]
 
 
 class LoraConfig(Tolerant):
@@ -118,7 +116,16 @@ class LoraConfig(Tolerant):
     sparse_adapter: bool = Field(
         False, description="Keep the zeros of a pruned base model: they mask the adapter (SparsePEFT)"
     )
-    quantization_aware: NotYet = False
+    quantization_aware: bool = Field(
+        False,
+        description="Train within the rounding to INT4: a merge gives one INT4 model, as sparse as its base",
+    )
+    quantization_mode: Literal["int4_asym", "int4_sym"] = Field(
+        "int4_asym", description="Of quantization_aware: with zero points for groups of inputs, or symmetric"
+    )
+    group_size: GroupSize = Field(
+        64, description="Of quantization_aware: inputs that share a scale, 32, 64 or 128"
+    )
 
     bias: Any = unused("none", because="biases are not trained")
     fan_in_fan_out: Any = unused(False, because="it is found out from the model")

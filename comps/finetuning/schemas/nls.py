@@ -24,7 +24,7 @@ from comps.finetuning.schemas.nncf import check_layers, groups_of_file
 from comps.finetuning.schemas.tolerant import closest
 from comps.tuning.elastic.space import SearchSpace, is_named
 from comps.tuning.errors import AdapterError
-from comps.tuning.spec import LoraSpec, RankGroup
+from comps.tuning.spec import GridSpec, LoraSpec, RankGroup
 
 _SPELLINGS = ("target_module_groups", "nls_target_modules", "nncf_config")
 
@@ -56,10 +56,18 @@ def lora_spec(config: LoraConfig | None) -> tuple[LoraSpec, list[str]]:
         if targets is None:
             grouped = config.target_module_groups or [config.nls_target_modules or []]
             targets = list(dict.fromkeys(module for group in grouped for module in group)) or None
+    dropout, grid = config.lora_dropout, None
+    if config.quantization_aware:
+        grid = GridSpec(mode=config.quantization_mode, group_size=config.group_size)
+        if dropout and "lora_dropout" in config.model_fields_set:
+            warnings.append(
+                f"{BLOCK}.lora_dropout is not used: within the rounding there is no adapter apart."
+            )
+        dropout = 0
     spec = LoraSpec(
-        r=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, use_rslora=config.use_rslora,
+        r=config.r, alpha=config.lora_alpha, dropout=dropout, use_rslora=config.use_rslora,
         target_modules=tuple(targets) if targets else None, groups=groups, sparse=config.sparse_adapter,
-        sample_per=config.sample_per,
+        sample_per=config.sample_per, grid=grid,
     )  # fmt: skip
     if spec.sparse and spec.dropout:
         warnings.append(

@@ -53,8 +53,7 @@ class FileRow(Base):
 
 
 class JobRow(Base):
-    """One run asked for over HTTP: ``kind`` is ``fine_tuning``, ``extract``, ``merge``, ``prune`` or
-    ``evaluate``.
+    """One run asked for over HTTP: ``kind`` is that of its spec, ``fine_tuning`` for a training.
 
     All kinds share the states, the queue, the directory layout and the reconciliation. ``spec`` is
     the run's spec as JSON (see ``comps.tuning.spec``), ``request`` what the client sent (without
@@ -92,13 +91,14 @@ class JobRow(Base):
     error: Mapped[dict[str, Any] | None]
     result: Mapped[dict[str, Any] | None]  # the run's result.json, once it ended
 
-    # For extract and merge: where the adapter comes from, and the version's name.
+    # For extract, merge and search: where the adapter comes from; the version's name.
     source: Mapped[str | None]  # a job id or a model id
     version: Mapped[str | None]
 
     # What the dispatcher knows of the run.
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)  # attempts in a row that died without a new checkpoint
+    losses: Mapped[int] = mapped_column(default=0, server_default="0")  # the same, that went with their Ray
     cpus: Mapped[int | None]  # cores that the running attempt holds in the cluster
     submission_id: Mapped[str | None]
     stopped: Mapped[bool] = mapped_column(default=False)  # an ended job's processes are known to be gone

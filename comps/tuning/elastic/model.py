@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -17,9 +18,11 @@ from transformers.pytorch_utils import Conv1D
 import patches
 from comps.tuning.elastic.space import SearchSpace, is_named
 from comps.tuning.errors import AdapterError
-from comps.tuning.export.adapter import is_sparse
+from comps.tuning.export.adapter import grid_of_adapter, is_sparse
+from comps.tuning.quantised.aware import make_rounded, roundings
 from comps.tuning.spec import LoraSpec
 from patches.peft import make_layer_elastic
+from patches.peft_rounded import RoundedLoraConfig
 from patches.peft_sparse import SparseLoraConfig, make_layer_sparse
 
 
@@ -107,12 +110,17 @@ def make_sparse(model: peft.PeftModel, adapter_name: str = "default") -> None:
 
 
 def load_adapter(model: PreTrainedModel, directory: Path) -> peft.PeftModel:
-    """Put the adapter saved in ``directory`` on ``model``, to compute with it; masked where its config says
-    that it is sparse (stock PEFT would load it as a dense one).
+    """Put the adapter saved in ``directory`` on ``model``, to compute with it; masked, or within the rounding
+    to a grid, where its config says so (stock PEFT would load it as a plain one).
 
     Raises:
-        AdapterError: there is none, or it cannot be masked.
+        AdapterError: there is none, or it cannot be masked or rounded.
     """
+    if grid := grid_of_adapter(directory):
+        rounding = roundings(model, grid)
+        adapted = peft.PeftModel.from_pretrained(model, directory, config=RoundedLoraConfig.read(directory))
+        make_rounded(adapted, rounding)
+        return adapted.eval()
     if not is_sparse(directory):
         return peft.PeftModel.from_pretrained(model, directory).eval()
     adapted = peft.PeftModel.from_pretrained(model, directory, config=SparseLoraConfig.read(directory))
@@ -120,24 +128,12 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> peft.PeftModel:
     return adapted.eval()
 
 
-def load_super_adapter(
-    model: PreTrainedModel, directory: Path, space: SearchSpace
-) -> tuple[peft.PeftModel, ElasticController]:
-    """As :func:`load_adapter`, with the elastic groups of ``space``; the maximal ranks are active."""
-    sparse = is_sparse(directory)
-    config = SparseLoraConfig.read(directory) if sparse else None
-    adapted = peft.PeftModel.from_pretrained(model, directory, config=config).eval()
-    controller = make_elastic(adapted, space)
-    if sparse:
-        make_sparse(adapted)
-    return adapted, controller
-
-
 def build_adapter(
     model: PreTrainedModel, lora: LoraSpec, task_type: str | None = "CAUSAL_LM"
 ) -> tuple[peft.PeftModel, SearchSpace | None, ElasticController | None]:
     """Put the adapter ``lora`` on ``model``: stock PEFT, elastic where ``lora.groups`` says so, masked by the
-    zeros of the model's weights if ``lora.sparse``.
+    zeros of the model's weights if ``lora.sparse``; with a ``lora.grid`` the layers compute within the
+    rounding to it, which keeps zeros in any case.
 
     Targets are ``lora.target_modules`` and the modules of the groups; with neither, PEFT's defaults
     for the architecture. The space and its controller are None for plain LoRA. ``task_type`` is PEFT's;
@@ -160,7 +156,10 @@ def build_adapter(
         isinstance(m, Conv1D) and any(is_named(name, target) for target in targets)
         for name, m in linear.items()
     )
-    kind = SparseLoraConfig if lora.sparse else peft.LoraConfig
+    rounding = roundings(model, lora.grid) if lora.grid else None
+    kind: Callable[..., peft.LoraConfig] = SparseLoraConfig if lora.sparse else peft.LoraConfig
+    if lora.grid:
+        kind = partial(RoundedLoraConfig, grid=lora.grid.model_dump())
     config = kind(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
@@ -171,7 +170,9 @@ def build_adapter(
         task_type=task_type,
     )
     adapted = peft.get_peft_model(model, config)
-    if lora.sparse:
+    if rounding is not None:
+        make_rounded(adapted, rounding)
+    elif lora.sparse:
         make_sparse(adapted)
     return adapted, space, None if space is None else make_elastic(adapted, space)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from comps.tuning import rundir
 from comps.tuning.data.prompts import expected_response
-from comps.tuning.elastic.model import ElasticController, load_adapter, load_super_adapter
+from comps.tuning.elastic.model import ElasticController, load_adapter, make_elastic
 from comps.tuning.elastic.read_space import load_space
 from comps.tuning.errors import DataError
 from comps.tuning.evaluation.generate import answers, is_exact, is_numeric
@@ -204,9 +204,10 @@ def load_model(spec: EvaluateSpec) -> tuple[PreTrainedModel | peft.PeftModel, El
     base = load_base_model(spec.base_model)
     if spec.adapter is None:
         return base, None
+    model = load_adapter(base, spec.adapter)
     if spec.config is None:
-        return load_adapter(base, spec.adapter), None
-    return load_super_adapter(base, spec.adapter, load_space(spec.adapter))
+        return model, None
+    return model, make_elastic(model, load_space(spec.adapter))
 
 
 def _plain(metric: Metric) -> dict[str, float | None]:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from comps.tuning.errors import AdapterError
 from comps.tuning.export.declared import read_alphas, read_ranks
+from comps.tuning.spec import GridSpec
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -82,6 +84,11 @@ class Adapter:
         """Whether ``s * B A`` counts only where the base's weight is not 0."""
         return _is_sparse(self.config)
 
+    @property
+    def grid(self) -> GridSpec | None:
+        """The grid within whose rounding it was trained, if any. Raises :class:`AdapterError`."""
+        return _grid(self.config, self.directory)
+
 
 def is_sparse(directory: Path) -> bool:
     """:attr:`Adapter.sparse` of the adapter in ``directory``, whose tensors are not looked at.
@@ -94,6 +101,20 @@ def is_sparse(directory: Path) -> bool:
 
 def _is_sparse(config: Mapping[str, Any]) -> bool:
     return bool(config.get("sparse_adapter"))
+
+
+def grid_of_adapter(directory: Path) -> GridSpec | None:
+    """:attr:`Adapter.grid` of the adapter in ``directory``. Raises as :func:`is_sparse`."""
+    return _grid(_read_config(directory), directory)
+
+
+def _grid(config: Mapping[str, Any], directory: Path) -> GridSpec | None:
+    if not config.get("grid"):
+        return None
+    try:
+        return GridSpec.model_validate(config["grid"])
+    except ValidationError as error:
+        raise AdapterError(f"{directory.name}/{CONFIG} has a grid that is none") from error
 
 
 def read_adapter(directory: Path) -> Adapter:

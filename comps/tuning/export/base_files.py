@@ -37,19 +37,21 @@ class BaseFiles:
         return sorted(set(self.shard_of.values()))
 
 
-def find_base(model: ModelSpec) -> BaseFiles:
+def find_base(model: ModelSpec, quantised: str | None = None) -> BaseFiles:
     """The files of a local model, or of one in the Hugging Face cache or hub.
 
     Raises:
-        ModelError: there is no such model, or its weights are not unquantised safetensors.
+        ModelError: there is no such model, or its weights are not safetensors, or are quantised otherwise
+            than by ``quantised``.
     """
     directory = Path(model.path) if model.local else _snapshot(model)
     config = _read_json(directory / CONFIG, model)
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "some method") if isinstance(quantised, dict) else quantised
-        raise ModelError(
-            f"the base model {model.name} is quantised ({method}); weights in floating point are needed"
-        )
+    if about := config.get("quantization_config"):
+        method = about.get("quant_method", "some method") if isinstance(about, dict) else about
+        if method != quantised:
+            raise ModelError(
+                f"the base model {model.name} is quantised ({method}); weights in floating point are needed"
+            )
     index = None
     if (directory / INDEX).is_file():
         index = _read_json(directory / INDEX, model)

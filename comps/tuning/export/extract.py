@@ -21,6 +21,7 @@ from comps.tuning.elastic.read_space import load_space
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.export.adapter import CONFIG, WEIGHTS, Adapter, LoraModule, read_adapter, read_json
 from comps.tuning.export.files import README, SPARSE_NOTE, TOKENIZER, copy_files
+from comps.tuning.search import learned
 from comps.tuning.spec import ExtractSpec
 
 if TYPE_CHECKING:
@@ -37,14 +38,18 @@ def extract(spec: ExtractSpec) -> dict[str, Any]:
 
     Returns ``{"version", "path", "ranks", "groups": [{"modules", "layer", "rank"}], "parameters"}``:
     ``ranks`` in the order of a configuration, ``parameters`` the number of adapter weights (padding not
-    counted), and ``"sparse_adapter": True`` for a sparse one, which its config says, too.
+    counted), ``search`` if one has found it, and ``"sparse_adapter": True`` for a sparse one, which its
+    config says, too.
 
     Raises:
         AdapterError: it is no super-adapter, it is damaged, or the configuration does not fit it.
     """
     adapter = read_adapter(spec.super_adapter)
     space = load_space(spec.super_adapter, adapter)
-    ranks = space.resolve(spec.version, spec.config)
+    given = spec.config
+    if given is None and spec.version == learned.VERSION:
+        given = learned.read(spec.super_adapter, space)
+    ranks = space.resolve(spec.version, given)
     report = _report(spec, adapter, space, ranks)
     if (spec.output / REPORT).is_file() and read_json(spec.output / REPORT) == report:
         return _answer(spec.output, report)
@@ -79,12 +84,13 @@ def _report(
         ],
         "parameters": space.parameters(ranks) + plain,
         "super_adapter_sha256": digest,
+        **({"search": spec.search} if spec.search else {}),
     }
     return report | ({"sparse_adapter": True} if adapter.sparse else {})
 
 
 def _answer(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    kept = ("version", "ranks", "groups", "parameters", "sparse_adapter")
+    kept = ("version", "ranks", "groups", "parameters", "search", "sparse_adapter")
     return {"path": str(path)} | {key: report[key] for key in kept if key in report}
 
 

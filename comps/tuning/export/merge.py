@@ -79,6 +79,10 @@ def merge(spec: MergeSpec) -> dict[str, Any]:
         ModelError: the base model cannot be read, or is quantised.
     """
     adapter = read_adapter(spec.adapter)
+    if adapter.grid:
+        from comps.tuning.quantised.merge import merge_rounded
+
+        return merge_rounded(spec, adapter, adapter.grid)
     base = find_base(spec.base_model)
     plan = _plan(adapter, base)
     tally = _Tally()

@@ -45,9 +45,10 @@ def fuse(model: PreTrainedModel) -> Fusion:
 
 def _fuse(model: PreTrainedModel) -> Fusion:
     expected = _trial(model, packed_loss)
-    layers = [(layer, parts) for layer, parts in decoder_layers(model) if parts is not None]
+    every = list(decoder_layers(model))
+    layers = [(layer, parts) for layer, parts in every if parts is not None]
     for layer, parts in layers:
-        replace_forward(layer, FusedDecoder(parts))
+        replace_forward(layer, FusedDecoder(parts, last=layer is every[-1][0]))
     if layers and not _same(expected, _trial(model, packed_loss)):
         log.warning("the fused layers of this model do not give what its own give, and are not used")
         for layer, _ in layers:

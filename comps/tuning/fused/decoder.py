@@ -2,9 +2,9 @@
 
 Module by module such a layer is some hundred small operations forward and twice as many backward, each of
 which reads and writes its whole input. Here a layer keeps what is dear to compute again (its input,
-queries, keys and values, the attention's output, the MLP's two halves) and computes again what is cheap
-(norms, the activation); sums go into products (``addmm``); nothing is computed for gradients that nobody
-asked for.
+queries, keys and values, the attention's output, the MLP's two halves and its activation) and computes again
+what is cheap (norms, products of two numbers); sums go into products (``addmm``); nothing is computed for
+gradients that nobody asked for.
 
 The formulas are those of the layer itself: RMSNorm ``x w / rms(x)``, rotary positions
 ``x cos + rotate(x) sin``, MLP ``W_d (silu(W_g x) * W_u x)``; so results differ by the order of additions
@@ -30,9 +30,14 @@ from patches.transformers_layers import DecoderParts, checkpointing
 
 
 class FusedDecoder:
-    """The stand-in for one layer's forward."""
+    """The stand-in for one layer's forward.
 
-    def __init__(self, parts: DecoderParts) -> None:
+    ``last``: whether nothing but the tokens that a label is predicted from is wanted of this layer's output;
+    the others' is 0 then, and their part after the attention is not computed.
+    """
+
+    def __init__(self, parts: DecoderParts, last: bool = False) -> None:
+        self.last = last
         linears = parts.linears
         self.inputs, self.output = projections(linears[:3]), projections(linears[3:4])
         self.gate_up, self.down = projections(linears[4:6]), projections(linears[6:])
@@ -83,7 +88,11 @@ class FusedDecoder:
                 layout=layout, scaling=self.heads.scaling, dropout=dropout,
             )  # fmt: skip
             attended = found.reshape(len(x), -1)
+        if self.last:
+            attended, x = (each.index_select(0, layout.predicting) for each in (attended, x))
         output: Tensor = _Outputs.apply(attended, x, self, training, *self._second)  # type: ignore[no-untyped-call]
+        if self.last:
+            output = torch.zeros_like(hidden_states[0]).index_copy(0, layout.predicting, output)
         return output.unsqueeze(0)
 
 
@@ -128,9 +137,12 @@ class _Outputs(torch.autograd.Function):
         normed, scale = rms_norm(middle, layer.norms[1], layer.eps)
         both, used_both = layer.gate_up.forward(normed, training)
         gate, up = both.chunk(2, 1)
-        result, used_down = layer.down.forward(functional.silu(gate).mul_(up), training, middle)
+        activated = functional.silu(gate)
+        result, used_down = layer.down.forward(activated * up, training, middle)
         parts = [saved(each) for each in (used_output, used_both, used_down)]
-        ctx.save_for_backward(attended, middle, scale, both, *(each for part in parts for each in part))
+        ctx.save_for_backward(
+            attended, middle, scale, both, activated, *(each for part in parts for each in part)
+        )
         ctx.sizes = [len(part) for part in parts]
         ctx.ranks = [each.ranks for each in (used_output, used_both, used_down)]
         ctx.layer = layer
@@ -138,14 +150,13 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        attended, middle, scale, both, *rest = ctx.saved_tensors
+        attended, middle, scale, both, activated, *rest = ctx.saved_tensors
         layer: FusedDecoder = ctx.layer
         used = []
         for size, ranks in zip(ctx.sizes, ctx.ranks, strict=True):
             used.append(restored(rest[:size], ranks))
             rest = rest[size:]
         gate, up = both.chunk(2, 1)
-        activated = functional.silu(gate)
         d_product, down_grads = layer.down.backward(grad, activated * up, used[2], True)
         assert d_product is not None
         d_both = torch.empty_like(both)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 # Logits at a time: 64 MB of them, a product large enough to run at full speed.
 _CHUNK = 2**24
@@ -17,22 +16,27 @@ class _Losses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, counts: Tensor
     ) -> Tensor:
-        rows = max(1, _CHUNK // len(weight))
+        rows = min(len(hidden), max(1, _CHUNK // len(weight)))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = hidden.new_zeros(())
+        # One for all chunks: memory as large as this is given back and taken anew, page by page, each time.
+        space = hidden.new_empty(rows, len(weight))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = functional.linear(hidden[part], weight, bias)
-            label, count = labels[part, None], counts[part]
+            logits = space[: len(hidden[part])]
+            if bias is None:
+                torch.mm(hidden[part], weight.t(), out=logits)
+            else:
+                torch.addmm(bias, hidden[part], weight.t(), out=logits)
+            label, count = labels[part], counts[part, None]
             largest = logits.amax(1, keepdim=True)
-            wanted = logits.gather(1, label) - largest
+            wanted = logits.gather(1, label[:, None]) - largest
             sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            total += ((sums.log() - wanted)[:, 0] * count).sum()
+            total += ((sums.log() - wanted) * count).sum()
             if gradient is not None:
-                # d loss / d logits = softmax - one at the label
-                logits.mul_(count[:, None] / sums)
-                logits.scatter_add_(1, label, -count[:, None].to(logits.dtype))
-                torch.mm(logits, weight, out=gradient[part])
+                # d loss / d logits = softmax - one at the label; its factors go onto the smaller product
+                found = torch.mm(logits, weight, out=gradient[part])
+                found.div_(sums).sub_(weight[label]).mul_(count)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

@@ -2,15 +2,17 @@
 
 Counted are the weight matrices of the linear modules within the numbered layers, which are what pruning
 prunes; embeddings, norms, biases and the output head are not, nor are weights that are not stored as
-floating-point numbers (of a quantised weight the zeros are not to be seen). Both signs of zero count.
+floating-point numbers (of a weight that was quantised elsewhere the zeros are not to be seen). Both signs of
+zero count.
 
 Needs no torch to read a directory: shards are read in pieces, whatever their size.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ COUNTED = "weights of the linear modules within the decoder layers"
 _IN_A_LAYER = re.compile(r"(?:.+\.)?\d+\.(?:.+\.)?([^.]+)")
 # Position tables that some architectures keep within their layers.
 _TABLE = re.compile(r".*(embed|embedding|relative_attention_bias).*")
+# The manifest of a model that was quantised here (comps.tuning.quantised.files).
+QUANTISED = "quantization.json"
 _PIECE = 1 << 22  # elements
 
 # A float is zero when all its bits but the sign are.
@@ -85,6 +89,8 @@ def sparsity_of_directory(directory: Path) -> SparsityReport:
 
     Raises :class:`WeightsError`, with the rest of a sentence.
     """
+    if (directory / QUANTISED).is_file():
+        return _report(_zeros_of_integers(directory / QUANTISED))
     return _report(
         (header.name.removesuffix(".weight"), _zeros_in_file(header))
         for header in read_headers(weights_files(directory))
@@ -109,6 +115,16 @@ def sparsity_of_module(model: torch.nn.Module) -> SparsityReport:
 
 def _report(found: Iterable[tuple[str, Zeros]]) -> SparsityReport:
     return SparsityReport(dict(sorted(found, key=lambda item: _natural(item[0]))))
+
+
+def _zeros_of_integers(manifest: Path) -> Iterator[tuple[str, Zeros]]:
+    """As its manifest has counted them when a model was quantised here."""
+    try:
+        for name, module in json.loads(manifest.read_bytes())["modules"].items():
+            if is_layer_linear(name):
+                yield name, Zeros(int(module["weights"]), int(module["zeros"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"has a damaged {manifest.name}") from error
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

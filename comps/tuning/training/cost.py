@@ -1,4 +1,4 @@
-"""What a run will cost, from trying one of its batches before its first step; whether it fits into memory."""
+"""What a run will cost, from trying half of one of its batches before its first step; whether it fits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _GROUPS = (
         ("total_active_file", "total_inactive_file"),
     ),
 )
-_PATIENCE = 60.0  # seconds that trying a whole batch may take; else a single row must do
+_PATIENCE = 60.0  # seconds that trying half a batch may take; else a single row must do
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,20 @@ class Cost:
         recompute = ", with gradient checkpointing, which the memory asks for" if self.checkpointing else ""
         return (
             f"The whole run: {self.steps} steps, {self.tokens:,} tokens, about {time} and "
-            f"{self.memory / 1e9:.1f} GB of memory a worker{recompute} (tried with one of its batches)"
+            f"{self.memory / 1e9:.1f} GB of memory a worker{recompute} "
+            "(tried with half of one of its batches)"
         )
 
 
 def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> Cost:
-    """Train on a single row and on the middling micro-batch of the first epoch, and forget them.
+    """Train on a single row and on half of the middling micro-batch of the first epoch, and forget them.
 
-    Neither weights nor random numbers change. Time is taken to grow by a straight line with the tokens,
-    memory in proportion. When the largest micro-batch would not fit into the memory that is free, gradient
-    checkpointing is turned on; with several workers, who share a machine or don't, that is left to the
-    asker. A run that is ``resumed`` from a checkpoint fitted before and is not refused.
+    Neither weights nor random numbers change. Time and memory are taken to grow by straight lines with the
+    tokens. When the largest micro-batch would not fit into the memory that is free, gradient checkpointing is
+    turned on; with several workers that is left to the asker, since each looks at its own memory and all
+    must compute alike. They may share a machine or not, so one of them is refused for what would not even
+    fit alone. A run that is ``resumed`` from a checkpoint of its own has fitted before and is not refused for
+    memory that others take now; should it die of it, its attempts are counted.
 
     Raises :class:`ResourceError` when even that will not do, :class:`TuningError` for too few rows.
     """
@@ -75,37 +78,25 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> C
     works = [trainer.batch_work(rows) for rows in batches]
     by_work = sorted(range(len(batches)), key=works.__getitem__)
     middle, most = batches[by_work[len(by_work) // 2]], works[by_work[-1]]
-    trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     free = available_memory() * _USABLE
     asked = spec.training.gradient_checkpointing
     on = asked and trainer.recompute_activations()
-    line, trial, needed = Line(), None, 0.0
     with torch.random.fork_rng(devices=[]):
-        trainer.try_batch(middle[:1])  # loads kernels
-        for rows in (middle[:1], middle) if len(middle) > 1 else (middle,):
-            work = trainer.batch_work(rows)
-            if trial and trial.seconds * work / trainer.batch_work(middle[:1]) > _PATIENCE:
-                break
-            # A single row says too much: what a batch needs but once counts for each of its rows.
-            limit = free if rows is middle else 2 * free
-            trial = _Trial(trainer, rows)
-            needed = _grown_to(trial, most / work, trainable)
-            if needed > limit and workers == 1 and not on and (on := trainer.recompute_activations()):
-                trial = _Trial(trainer, rows)
-                needed = _grown_to(trial, most / work, trainable)
-            if needed > limit and workers == 1 and not resumed:
-                even = ", even with gradient checkpointing" if on else ""
-                raise ResourceError(
-                    f"this run needs about {needed / 1e9:.1f} GB more memory for its largest batch of "
-                    f"{len(middle)} rows{even}; {max(0.0, free) / 1e9:.1f} GB are free. "
-                    "Ask for a smaller batch_size (with more gradient_accumulation_steps) or max_length",
-                    param="Training.batch_size",
-                )
-            # Memory that is touched for the first time takes its time; the next batch does not pay for it.
-            again = trainer.try_batch(rows) if trial.seconds < _PATIENCE / 6 else trial.seconds
-            line.add(work, min(again, trial.seconds))
-    assert trial is not None
-    fixed, rate = line.fit()
+        if trainer.fusion is None:  # or trying that has loaded the kernels
+            trainer.try_batch(middle[:1])
+        trial = _Trial(trainer, middle, most, free)
+        if not trial.fits and workers == 1 and not on and (on := trainer.recompute_activations()):
+            trial = _Trial(trainer, middle, most, free)
+    if not trial.fits and not resumed:
+        even = ", even with gradient checkpointing" if on else ""
+        raise ResourceError(
+            f"this run needs about {trial.needed / 1e9:.1f} GB more memory for its largest batch of "
+            f"{len(middle)} rows{even}; {max(0.0, free) / 1e9:.1f} GB are free. "
+            "Ask for a smaller batch_size (with more gradient_accumulation_steps) or max_length"
+            + ("" if on else ", or for General.enable_gradient_checkpointing"),
+            param="Training.batch_size",
+        )
+    fixed, rate = trial.time.fit()
     rows_in_all = len(trainer.train_dataset)
     steps = total_steps(spec, rows_in_all)
     epochs = steps / math.ceil(len(batches) / spec.training.gradient_accumulation_steps)
@@ -116,34 +107,50 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> C
         often = math.ceil(epochs if by_epoch else steps / save_interval(spec, rows_in_all))
         computed = sum(trainer.eval_dataset.lengths) * sum(works) / tokens
         seconds += often * computed * rate * _FORWARD_SHARE
+    trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     return Cost(
         steps=steps,
         tokens=round(tokens * epochs),
         seconds=seconds,
-        memory=round(trial.peak - trial.grown + needed + 8 * trainable),
+        memory=round(trial.before + trial.needed + 8 * trainable),  # two numbers of Adam for each weight
         checkpointing=on and not asked,
     )
 
 
-def _grown_to(trial: _Trial, times: float, trainable: int) -> float:
-    """Bytes by which the process grows for a batch so many ``times`` as large; gradients stay as they are."""
-    gradients: int = min(4 * trainable, trial.grown)
-    return gradients + (trial.grown - gradients) * times
-
-
 class _Trial:
-    """One micro-batch: its seconds, the process's largest size meanwhile, and by how much it grew to that."""
+    """What one row and half of the micro-batch ``rows`` say of one that computes on ``most`` tokens.
 
-    def __init__(self, trainer: TuningTrainer, rows: list[int]) -> None:
-        process = psutil.Process()
-        with suppress(AttributeError):  # glibc keeps what was freed; without it the next trial seems small
-            ctypes.CDLL(None).malloc_trim(0)
-        before = process.memory_info().rss
-        with suppress(OSError):  # where this may not be reset, the peak is that of the process's life
-            Path("/proc/self/clear_refs").write_text("5")
-        self.seconds = trainer.try_batch(rows)
-        self.peak = max(before, _peak())
-        self.grown: int = self.peak - before
+    ``time`` is the line of seconds over tokens, ``needed`` the bytes that the process would grow by from
+    ``before``, ``fits`` whether the bytes ``free`` are enough for that.
+    """
+
+    def __init__(self, trainer: TuningTrainer, rows: list[int], most: int, free: float) -> None:
+        self.time, growth = Line(), Line()
+        parts = (rows[:1], rows[::2]) if len(rows) > 2 else (rows,)
+        for part in parts:
+            work = trainer.batch_work(part)
+            if growth.count and (self.time.at(work) > _PATIENCE or growth.at(most) > 2 * free):
+                break
+            before, peak, seconds = _measured(trainer, part)
+            growth.add(work, peak - before)
+            self.before = before
+            # Memory that is touched for the first time takes its time; the next batch does not pay for it.
+            again = trainer.try_batch(part) if seconds < _PATIENCE / 6 else seconds
+            self.time.add(work, min(again, seconds))
+        self.needed = growth.at(most)
+        # A single row says too much: what a batch needs but once counts for each of its rows.
+        self.fits = self.needed <= (free if growth.count == len(parts) else 2 * free)
+
+
+def _measured(trainer: TuningTrainer, rows: list[int]) -> tuple[int, int, float]:
+    """Train on one micro-batch: bytes of the process before, at most meanwhile, and seconds."""
+    with suppress(AttributeError):  # glibc keeps what was freed; without it the next trial seems small
+        ctypes.CDLL(None).malloc_trim(0)
+    before = int(psutil.Process().memory_info().rss)
+    with suppress(OSError):  # where this may not be reset, the peak is that of the process's life
+        Path("/proc/self/clear_refs").write_text("5")
+    seconds = trainer.try_batch(rows)
+    return before, max(before, _peak()), seconds
 
 
 def _peak() -> int:

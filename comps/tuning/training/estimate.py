@@ -123,3 +123,8 @@ class Line:
             if (fixed := self._y - slope * self._x) >= 0:
                 return fixed, slope
         return 0.0, self._y / self._x
+
+    def at(self, x: float) -> float:
+        """The line's height."""
+        fixed, slope = self.fit()
+        return fixed + slope * x

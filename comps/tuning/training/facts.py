@@ -9,6 +9,7 @@ import platform
 from typing import Any
 
 import peft
+import psutil
 import torch
 import transformers
 
@@ -49,6 +50,7 @@ def machine() -> dict[str, Any]:
     return {
         "host": platform.node(),
         "pid": os.getpid(),
+        "process_began": psutil.Process().create_time(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -14,8 +14,10 @@ from comps.tuning.elastic.elastic_config import write_elastic_config
 from comps.tuning.elastic.nncf_config import write_nncf_config
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.export.files import README, SPARSE_NOTE
+from comps.tuning.search import learned
 from comps.tuning.spec import TrainSpec
 from comps.tuning.training import facts
+from comps.tuning.training.statistics import Statistics
 
 MANIFEST = "training_manifest.json"
 
@@ -25,6 +27,7 @@ def write_output(
     model: peft.PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     space: SearchSpace | None,
+    statistics: Statistics | None,
     result: dict[str, Any],
 ) -> None:
     """Write the adapter into the run's output directory; the manifest comes last and lists the rest."""
@@ -42,6 +45,9 @@ def write_output(
             staged, model, space, epochs=spec.training.epochs, learning_rate=spec.training.learning_rate
         )
         write_elastic_config(staged, space)
+        if statistics is not None:
+            statistics.write(staged)
+            learned.write(staged, space)
     files = {}
     for path in sorted(staged.iterdir()):
         rundir.fsync_path(path)

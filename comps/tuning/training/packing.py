@@ -14,7 +14,7 @@ and nothing else may carry information from token to token. :func:`packs` finds 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Layout:
     ``[n * L]`` holds, for each place of the rests as a padded ``[n, L]``, the token that goes there (any one
     for padding), and ``collect`` ``[tokens]`` the place of each token. ``mask`` ``[L, shared + L]``: what a
     row's tokens see; ``None`` when nothing is shared, so that it is what came before in the row.
+    ``predicting`` [P]: the tokens that a label is predicted from, in order.
     """
 
     shared: int
@@ -52,21 +53,33 @@ class Layout:
     mask: Tensor | None
     spread: Tensor | None
     collect: Tensor | None
+    predicting: Tensor
+    _future: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def future(self, length: int, before: int) -> Tensor:
+        """What is added to scores of ``length`` tokens with those ``before`` them and each other, ``[length,
+        before + length]``: -inf for what comes later, else 0. Made once for all layers."""
+        found = self._future.get((length, before))
+        if found is None:
+            like = self.predicting
+            found = torch.full((length, before + length), -torch.inf, device=like.device).triu_(before + 1)
+            self._future[length, before] = found
+        return found
 
     @classmethod
-    def of(cls, shared: int, rests: Tensor) -> Layout:
+    def of(cls, shared: int, rests: Tensor, predicting: Tensor) -> Layout:
         """``rests`` [n]: how many tokens each row has of its own, at least one."""
         rows, longest = len(rests), int(rests.max())
         mask = None
         if shared:
             mask = torch.ones(longest, shared + longest, dtype=torch.bool, device=rests.device).tril(shared)
         if bool((rests == longest).all()):
-            return cls(shared, rows, mask, None, None)
+            return cls(shared, rows, mask, None, None, predicting)
         place = torch.arange(longest, device=rests.device)
         real = place < rests[:, None]
         starts = rests.cumsum(0) - rests
         spread = torch.where(real, starts[:, None] + place, 0).flatten()
-        return cls(shared, rows, mask, spread, real.flatten().nonzero().squeeze(1))
+        return cls(shared, rows, mask, spread, real.flatten().nonzero().squeeze(1), predicting)
 
 
 def pack(batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -105,7 +118,7 @@ def pack(batch: dict[str, Tensor]) -> dict[str, Any]:
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # so none is made
         "labels": torch.stack([code % size, count]),
         "logits_to_keep": code // size,
-        "layout": Layout.of(shared, rests),
+        "layout": Layout.of(shared, rests, torch.unique_consecutive(code // size)),
     }
 
 
@@ -209,13 +222,16 @@ def packs(model: PreTrainedModel, max_length: int) -> bool:
 
 
 def trial_batch(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A small padded batch whose rows begin alike, to try a way of computing with."""
+    """A small padded batch to try a way of computing with. Its rows begin alike, every other token has a
+    label."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(1000, model.config.vocab_size), (3, _PROBE), generator=generator)
     ids[:, : _PROBE // 3] = ids[0, : _PROBE // 3]
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, IGNORED)}
+    labels = torch.where(mask.bool(), ids, IGNORED)
+    labels[:, ::2] = IGNORED
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {name: each.to(model.device) for name, each in batch.items()}
 
 

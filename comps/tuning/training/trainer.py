@@ -17,6 +17,7 @@ from comps.tuning.fused import Fusion, fuse
 from comps.tuning.training.estimate import packed_work, step_work
 from comps.tuning.training.loss import keeps_positions, labelled_only, mean_loss
 from comps.tuning.training.packing import pack, packed_loss, packs
+from comps.tuning.training.statistics import Statistics
 
 
 class RankBatches(Sampler[list[int]]):
@@ -67,10 +68,18 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
     """``train_dataset`` and ``eval_dataset`` are :class:`TokenRows`.
 
     ``controller``: the elastic ranks, or ``None``; validation runs at the maximal configuration.
+    ``statistics``: told the loss of every micro-batch, or ``None``.
     ``packed``: whether the model takes batches without padding; ``fusion``: what of it is fused then.
     """
 
-    def __init__(self, *, controller: ElasticController | None, shuffle: bool, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        controller: ElasticController | None,
+        statistics: Statistics | None = None,
+        shuffle: bool,
+        **kwargs: Any,
+    ) -> None:
         args: TrainingArguments = kwargs["args"]
         model, sets = kwargs["model"].get_base_model(), (kwargs["train_dataset"], kwargs["eval_dataset"])
         model.eval()  # for the trials; PEFT's new adapters have their dropout on
@@ -88,7 +97,7 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         elif keeps_positions(model):
             self._inputs, loss = labelled_only, mean_loss
         super().__init__(compute_loss_func=loss, **kwargs)
-        self._controller = controller
+        self._controller, self._statistics = controller, statistics
         rows = args.per_device_train_batch_size * args.world_size
         order = LengthGroupedSampler(
             self.train_dataset.lengths, rows * args.gradient_accumulation_steps, args.seed, shuffle
@@ -160,6 +169,13 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
         if self._inputs:
             inputs = self._inputs(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """As the Trainer's, and the loss is noted."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._statistics:
+            self._statistics.add(loss, num_items_in_batch)
+        return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The mean loss of one label token over the whole validation set, exact also for uneven batches

@@ -1,0 +1,1 @@
+"""Which sub-adapter is worth deploying: search over the ranks of a super-adapter."""
