@@ -92,5 +92,5 @@ requirements:
 	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
 		--no-header --annotation-style=line -o requirements.txt pyproject.toml
 	$(BIN)/pip-compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-		--no-header --annotation-style=line --extra dev -c requirements.txt -o requirements-dev.txt pyproject.toml
+		--no-header --annotation-style=line --extra dev --extra int4 -c requirements.txt -o requirements-dev.txt pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1    /' requirements.txt requirements-dev.txt

@@ -55,6 +55,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bloom": ("Bloom", "BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "gpt2": ("GPT2", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "bert": ("Bert", "BertForMaskedLM", _SIZES | {"intermediate_size": 64}),
+    "roberta": ("Roberta", "RobertaForMaskedLM", _SIZES | {"intermediate_size": 64}),
+    "electra": ("Electra", "ElectraForMaskedLM", _SIZES | {"intermediate_size": 64, "embedding_size": 32}),
     "bert-seq-cls": ("Bert", "BertForSequenceClassification", _SIZES | {"intermediate_size": 64}),
 }
 

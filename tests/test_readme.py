@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_the_walk_through_is_the_script() -> None:
     assert script in blocks("bash")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_walk_through_and_the_python_example_run_as_written(tmp_path: Path) -> None:
     # A tiny model with as many layers as the real one, under its name; a part of the data, under its name.
     data = tmp_path / "examples" / "data" / "bookings_train.json"
@@ -55,6 +56,36 @@ def test_the_walk_through_and_the_python_example_run_as_written(tmp_path: Path) 
             timeout=60,
         )
         assert python.stdout.startswith("ft-job-"), python.stderr
+        the_other_examples_run_as_written(service)
+
+
+def the_other_examples_run_as_written(service: ServiceProcess) -> None:
+    """Pruning, INT4, an evaluation, a search: curl on what the walk-through has left."""
+    questions = [
+        {"question": f"What is {n} + 1?", "choices": [f"{n + 1}", "7"], "answer": 0} for n in range(12)
+    ]
+    uploads = [("questions.json", questions), ("questions.jsonl", questions)]
+    for name, records in uploads:
+        lines = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
+        upload = {"file": (name, lines.encode())}
+        assert service.http.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).is_success
+    jobs = service.http.get("/v1/fine_tuning/jobs").json()["data"]
+    trained = next(job["id"] for job in jobs if job["status"] == "succeeded")
+    for command in re.findall(r"^curl .*?(?=^curl |\Z)", "".join(blocks("sh")), flags=re.M | re.S):
+        script = f"URL={service.url} JOB={trained}; {command}".replace("curl ", "curl -sS --fail-with-body ")
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, command + done.stdout + done.stderr
+        answer = json.loads(done.stdout)
+        if answer.get("id", "").startswith(("eval", "search")):
+            ended(service, answer["id"])
+
+
+def ended(service: ServiceProcess, job_id: str) -> None:
+    deadline = time.monotonic() + 240
+    while (job := service.http.get(f"/v1/fine_tuning/jobs/{job_id}").json())["status"] != "succeeded":
+        assert job["status"] in ("validating_files", "queued", "running"), job
+        assert time.monotonic() < deadline, job
+        time.sleep(0.5)
 
 
 def test_every_setting_is_in_the_table_with_its_description() -> None:

@@ -38,14 +38,15 @@ def create_component(
     admit: Callable[[Request], object] = lambda _: None,
     uploads: Collection[str] = (),
     hosts: Collection[str] = (),
+    hosts_setting: str = "",
     origins: Collection[str] = (),
 ) -> FastAPI:
     """An application with OPEA's common routes, error envelope, request log, metrics and guards.
 
     ``name`` is the key in ``/v1/statistics`` (OPEA writes ``opea_service@finetuning``), ``health``
     gives what ``/v1/health_check`` says besides title, version and description. ``max_body_bytes``, its
-    setting and ``uploads`` are explained in :class:`comps.cores.middleware.JsonBodies`, ``hosts`` and
-    ``origins`` in :class:`comps.cores.middleware.Guard`, ``body_seconds`` and ``admit`` in
+    setting and ``uploads`` are explained in :class:`comps.cores.middleware.JsonBodies`, ``hosts``,
+    its setting and ``origins`` in :class:`comps.cores.middleware.Guard`, ``body_seconds`` and ``admit`` in
     :class:`comps.cores.entrance.Entrance`.
     """
     # A path with a slash too many is answered with a sentence, not with a redirect that has no body.
@@ -61,7 +62,7 @@ def create_component(
     # The last added is the outermost.
     app.add_middleware(JsonBodies, limit=max_body_bytes, setting=max_body_setting, uploads=uploads)
     app.add_middleware(Entrance, admit=admit, patience=body_seconds, uploads=uploads)
-    app.add_middleware(Guard, hosts=hosts, origins=origins)
+    app.add_middleware(Guard, hosts=hosts, origins=origins, setting=hosts_setting)
     app.add_middleware(RequestLog, statistics=statistics)
     app.add_middleware(HeadAsGet)
 

@@ -7,6 +7,7 @@ route and a client that hangs up.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import re
 import time
@@ -33,6 +34,9 @@ from comps.cores.logging import request_id
 from comps.cores.statistics import RequestStatistics
 
 log = logging.getLogger("comps.requests")
+
+# Among the names that a server answers to: every IP address. No page can rebind one to another address.
+ANY_ADDRESS = "any IP address"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -106,6 +110,15 @@ class RequestLog:
             self.statistics.record(method=method, route=route, status=status, seconds=seconds)
 
 
+def is_address(host: str) -> bool:
+    """Whether ``host`` (without brackets or a port) is an IP address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def host_name(authority: str) -> str:
     """The host of ``host:port``, lower-case, without brackets; empty for what is not one."""
     try:
@@ -129,13 +142,16 @@ class HeadAsGet:
 class Guard:
     """Refuses requests that a browser was tricked into.
 
-    ``hosts``: the names this server answers to; empty means any. A foreign ``Host`` (DNS rebinding)
-    gets 400. A request that changes something gets 403 when it comes from a page of another site,
-    except for pages of the hosts named in ``origins``.
+    ``hosts``: the names this server answers to (:data:`ANY_ADDRESS` may be one); empty means any. A foreign
+    ``Host`` (DNS rebinding) gets 400 and is told of ``setting``, which adds names. A request that changes
+    something gets 403 when it comes from a page of another site, except for pages of the hosts named in
+    ``origins``.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str], setting: str) -> None:
         self.app = app
+        self.setting = setting
+        self.addresses = ANY_ADDRESS in hosts
         self.hosts = frozenset(host.lower() for host in hosts)
         self.origins = frozenset(host.lower() for host in origins)
 
@@ -150,8 +166,12 @@ class Guard:
 
     def _check(self, method: str, headers: Headers) -> None:
         host = headers.get("host", "")
-        if self.hosts and host_name(host) not in self.hosts:
-            raise BadHost(f"This service does not answer to the host name {host!r}.")
+        name = host_name(host)
+        if self.hosts and name not in self.hosts and not (self.addresses and is_address(name)):
+            raise BadHost(
+                f"This service does not answer to the host name {host!r}; its operator can add the name to "
+                f"{self.setting}."
+            )
         origin = headers.get("origin")
         if origin is None or method in _SAFE_METHODS:
             return

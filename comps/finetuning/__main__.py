@@ -19,6 +19,7 @@ from types import FrameType
 import uvicorn
 
 import comps
+from comps.cores.connections import BoundedConnection, accepted_at_once
 from comps.cores.errors import StartupError
 from comps.cores.logging import configure_logging
 from comps.finetuning.app import create_app
@@ -58,9 +59,10 @@ class Server(uvicorn.Server):
 async def serve(settings: Settings) -> None:
     """Start everything, answer requests until a signal comes, stop everything."""
     app = create_app(settings)
-    # Where httptools is installed uvicorn would take it, which puts no bounds on headers.
+    # On h11: where httptools is installed uvicorn would take that, which puts no bounds on headers.
     config = uvicorn.Config(
-        app, http="h11", lifespan="off", log_config=None, server_header=False,
+        app, http=BoundedConnection, ws="none", lifespan="off", log_config=None, server_header=False,
+        timeout_keep_alive=settings.head_seconds, backlog=accepted_at_once(),  # type: ignore[arg-type]
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )  # fmt: skip
     server = Server(config, on_exit=app.state.news.close)

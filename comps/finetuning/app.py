@@ -15,6 +15,7 @@ from fastapi import FastAPI
 import comps
 from comps.cores.app import create_component
 from comps.cores.errors import StartupError
+from comps.cores.middleware import ANY_ADDRESS
 from comps.cores.slots import UploadSlots
 from comps.finetuning.cluster import Cluster
 from comps.finetuning.dependencies import get_owner
@@ -146,6 +147,7 @@ def create_app(settings: Settings) -> FastAPI:
         admit=lambda request: get_owner(request, settings),
         uploads=("/v1/files", "/v1/uploads/{upload_id}/parts"),
         hosts=answered_hosts(settings),
+        hosts_setting="FINETUNING_ALLOWED_HOSTS",
         origins=settings.allowed_hosts,
     )
     app.state.settings, app.state.database, app.state.blobs = settings, database, blobs
@@ -163,8 +165,13 @@ def create_app(settings: Settings) -> FastAPI:
 def answered_hosts(settings: Settings) -> tuple[str, ...]:
     """The host names this service answers to; empty for any.
 
-    A service on loopback is only ever asked by a loopback name, unless a page rebinds its own name to it.
+    A service on loopback is only ever asked by a loopback name, unless a page rebinds its own name to it. One
+    that listens wider without keys is asked by addresses, and by the names that the operator knows of. Where
+    there are keys, a page has none.
     """
-    if not settings.allowed_hosts and not is_loopback(settings.host):
-        return ()
-    return (*_LOOPBACK_NAMES, settings.host, *settings.allowed_hosts)
+    names = (*_LOOPBACK_NAMES, settings.host, *settings.allowed_hosts)
+    if is_loopback(settings.host):
+        return names
+    if not settings.api_keys and not settings.operator_keys:
+        return (*names, ANY_ADDRESS)
+    return names if settings.allowed_hosts else ()

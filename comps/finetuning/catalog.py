@@ -1,8 +1,9 @@
 """Names of base models, and what can be told of a model's directory without loading it.
 
 A name is ``org/name``, ``name`` or a longer path under the models root, of plain characters only. It is
-looked for in the models root, then in the local Hugging Face cache, then (unless the service is offline)
-it is taken for an id on the hub, of which :func:`check_on_hub` tells whether it can be used.
+looked for in the models root, then in the Hugging Face caches that the caller may use, then (unless the
+service is offline) it is taken for an id on the hub, of which :func:`check_on_hub` tells whether it can be
+used.
 
 Nothing here imports torch; ``huggingface_hub`` is imported when it is needed, since that takes a while.
 """
@@ -76,12 +77,23 @@ def list_local_models(models_dir: Path) -> list[str]:
     )
 
 
-def resolve(settings: Settings, name: str) -> ModelSpec:
-    """Where the base model ``name`` is: a local directory, or a hub id yet to be checked.
+def hub_cache(settings: Settings, owner: str | None) -> Path | None:
+    """Where the jobs of ``owner`` keep what they load from the hub; ``None`` for Hugging Face's own place.
+
+    Each API key has a cache of its own: what one has loaded with a token, another may not be allowed to
+    read. What lies in Hugging Face's own place while there are keys, the operator has put there for all.
+    """
+    return settings.data_dir / "hub" / owner if owner else None
+
+
+def resolve(settings: Settings, name: str, owner: str | None = None) -> ModelSpec:
+    """Where the base model ``name`` is for ``owner``: a local directory, or a hub id yet to be checked.
 
     Raises :class:`InvalidRequest` for what is not a name, :class:`NotFound` with the places looked at.
     """
-    directory = find_local_model(settings.models_dir, name) or _cached(name)
+    directory = find_local_model(settings.models_dir, name) or _cached(name, None)
+    if directory is None and (own := hub_cache(settings, owner)):
+        directory = _cached(name, own)
     own_code = name in settings.trust_remote_code_models
     if directory is not None:
         return ModelSpec(name=name, path=str(directory), trust_remote_code=own_code)
@@ -148,21 +160,21 @@ def check_on_hub(name: str, token: str | None, own_code: bool = False) -> None:
         fault = "has no tokenizer, so it cannot be trained on"
     else:
         # What the hub itself has read in the model's config.json; not of every model.
-        fault = _unsupported(model.config) if model.config and not own_code else None
+        fault = _unsupported(model.config, own_code) if model.config else None
     if fault:
         message = f"The model {name!r} on the Hugging Face hub {fault}."
         raise InvalidRequest(message, param="model", code="invalid_model")
 
 
-def _cached(name: str) -> Path | None:
-    """The snapshot of ``name`` in the Hugging Face cache, when config and weights are both there."""
+def _cached(name: str, cache: Path | None) -> Path | None:
+    """The snapshot of ``name`` in a Hugging Face cache, when config and weights are both there."""
     if not _HUB_ID.fullmatch(name):
         return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name, "config.json", cache_dir=cache)
     except HFValidationError:
         return None
     if not isinstance(config, str):
@@ -202,7 +214,7 @@ def check_causal(directory: Path, own_code: bool = False) -> None:
     """As :func:`check_mergeable`, and the model must be a causal language model of a type that transformers
     knows, unless ``own_code`` of it may say what it is."""
     check_mergeable(directory)
-    if not own_code and (fault := _unsupported(read_config(directory))):
+    if fault := _unsupported(read_config(directory), own_code):
         raise _unusable(directory, fault)
 
 
@@ -214,10 +226,13 @@ def check_trainable(directory: Path, own_code: bool = False) -> None:
         raise _unusable(directory, f"has no tokenizer ({names}), so it cannot be trained on")
 
 
-def _unsupported(config: Mapping[str, Any]) -> str | None:
+def _unsupported(config: Mapping[str, Any], own_code: bool) -> str | None:
     """Why a model with this config.json cannot be trained, as the rest of a sentence."""
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        return f"is quantised ({str(method or 'some method')[:40]}); an adapter is trained on full weights"
     kind = config.get("model_type")
-    if isinstance(kind, str) and kind in causal_lm_types():
+    if own_code or (isinstance(kind, str) and kind in causal_lm_types()):
         return None
     if config.get("auto_map"):
         return (

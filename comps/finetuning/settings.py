@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     )
     database_url: str = Field(
         default_factory=lambda known: f"sqlite:///{known.get('data_dir', Path()) / 'finetuning.db'}",
-        description="SQLAlchemy URL of the database; by default SQLite in the data directory.",
+        description="SQLAlchemy URL of the SQLite database; by default in the data directory.",
     )
     api_keys_file: Path | None = Field(None, description="File with API keys, one on a line.")
     api_keys: Secrets = Field(
@@ -94,7 +94,9 @@ class Settings(BaseSettings):
         False, description="Listen on any address without keys, for a container behind a gateway."
     )
     allowed_hosts: Listed = Field(
-        (), description="Further Host (and Origin) names to answer to, comma-separated, for a proxy in front."
+        (),
+        description="Further Host (and Origin) names to answer to, comma-separated: a proxy's, or without "
+        "keys the container's.",
     )
     trust_remote_code_models: Listed = Field(
         (), description="Base models whose own code may run, comma-separated names; of no other it does."
@@ -103,6 +105,12 @@ class Settings(BaseSettings):
         512 * 2**20, ge=1, description="Largest uploaded file, in bytes, in one piece or in parts."
     )
     max_body_bytes: int = Field(2**20, ge=1, description="Largest JSON body, in bytes.")
+    head_seconds: float = Field(
+        20,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a connection may wait for a request, to the end of its headers.",
+    )
     body_seconds: float = Field(60, gt=0, description="Seconds that a JSON body may take to arrive.")
     max_concurrent_uploads: int = Field(
         16, ge=1, description="Files and parts received at a time; a further one gets 503."

@@ -11,6 +11,7 @@ trying again would not change; a run that dies without one is started again by t
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import sys
 import traceback
@@ -60,7 +61,10 @@ def _run(spec: AnySpec) -> dict[str, Any] | None:
     if isinstance(spec, TrainSpec):
         leave_out()
     module, _, function = _WORK[spec.kind].partition(":")
-    found: dict[str, Any] | None = getattr(importlib.import_module(module), function)(spec)
+    gc.disable()  # importing makes many objects, hardly any of them garbage
+    work = getattr(importlib.import_module(module), function)
+    gc.enable()
+    found: dict[str, Any] | None = work(spec)
     return found
 
 

@@ -43,10 +43,14 @@ class RankGroup(Spec):
 
 
 class GridSpec(Spec):
-    """Four bits a weight: with a zero point for each group of inputs, or symmetric about 0."""
+    """Four bits a weight: with a zero point for each group of inputs, or symmetric about 0.
+
+    ``embeddings``: 8 bits a weight for the embeddings and the output head, or as they are stored.
+    """
 
     mode: Literal["int4_asym", "int4_sym"] = "int4_asym"
     group_size: Literal[32, 64, 128] = 64
+    embeddings: Literal["int8", "as_is"] = "int8"
 
 
 class LoraSpec(Spec):
@@ -296,8 +300,8 @@ class QuantizeSpec(Spec):
     """Put a base model's weights on integer grids; the new one, called ``name``, goes to ``output``.
 
     ``nearest`` rounds each weight; ``gptq`` has the weights that come after it in its row make up for the
-    error on ``calibration``. ``embeddings``: 8 bits for the embeddings and the output head, or as they are
-    stored. With ``openvino`` the model is also written as an OpenVINO model, in ``output/openvino``.
+    error on ``calibration``. With ``openvino`` the model is also written as an OpenVINO model, in
+    ``output/openvino``.
     """
 
     kind: Literal["quantize"] = "quantize"
@@ -307,7 +311,6 @@ class QuantizeSpec(Spec):
     base_model: ModelSpec
     method: Literal["nearest", "gptq"] = "nearest"
     grid: GridSpec = GridSpec()
-    embeddings: Literal["int8", "as_is"] = "int8"
     calibration: CalibrationSpec | None = None
     openvino: bool = False
     resources: ResourcesSpec = ResourcesSpec()

@@ -37,6 +37,7 @@ ROWS = 128
 def records(data: Path, joined: int, directory: Path) -> Path:
     """A file of rows whose outputs are the first ``joined`` records' whole texts, one after the other."""
     found = json.loads(data.read_text())
+    found *= -(-ROWS * joined // len(found))
     rows = []
     for start in range(0, ROWS * joined, joined):
         first, *others = found[start : start + joined]

@@ -28,7 +28,7 @@ from comps.tuning.elastic.model import ElasticController, build_adapter
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.evaluation.items import Items
 from comps.tuning.evaluation.questions import read_questions
-from comps.tuning.evaluation.scorer import Scorer
+from comps.tuning.evaluation.scorer import TOKENS, Scorer
 from comps.tuning.evaluation.scores import Configuration, RowScore, Scores
 from comps.tuning.evaluation.tree import sizes
 from comps.tuning.models.load import load_base_model, load_tokenizer
@@ -41,6 +41,7 @@ MODULES = (("q_proj", "k_proj", "v_proj"), ("up_proj",), ("down_proj",))
 
 def load(path: Path) -> tuple[PeftModel, SearchSpace, ElasticController]:
     base = load_base_model(ModelSpec(name=path.name, path=str(path.resolve())))
+    torch.manual_seed(0)  # A is drawn, and every way has to have the same
     groups = tuple(RankGroup(modules=modules, ranks=(16, 12, 8)) for modules in MODULES)
     model, space, controller = build_adapter(base, LoraSpec(r=16, alpha=32, groups=groups))
     assert space is not None
@@ -91,7 +92,7 @@ class Way:
             self.chosen += scores.per_item("acc") + scores.per_item("acc_norm")
 
 
-def ways(path: Path) -> list[Way]:
+def ways(path: Path, tokens: int) -> list[Way]:
     model, space, controller = load(path)
     first = space.heuristic
     chance = random.Random(0)
@@ -108,7 +109,7 @@ def ways(path: Path) -> list[Way]:
 
     def by(way: str, configurations: list[Configuration]) -> Callable[[Items], Scores]:
         own_model, _, own = load(path)
-        scorer = Scorer(own_model, own, way=way)
+        scorer = Scorer(own_model, own, way=way, tokens=tokens)
         if scorer.way != way:
             raise SystemExit(f"this model cannot be scored {way}")
         return lambda items: scorer.score(items, configurations)[0]
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="LLM-Adapters' ARC-Easy/test.json")
     parser.add_argument("--items", type=int, default=300)
     parser.add_argument("--slice", type=int, default=100, help="questions a turn")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a batch of ours")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -136,7 +138,7 @@ def main() -> None:
     questions = read_questions(arguments.data, texts=True, choices=True, limit=arguments.items + 4)
     items = Items.choices(questions, tokenizer)
     warm_up, items = items[arguments.items :], items[: arguments.items]
-    sides = ways(arguments.model)
+    sides = ways(arguments.model, arguments.tokens)
     rate, load_, began = sgemm(), Load(), time.process_time()
     for side in sides:
         side.run(warm_up, timed=False)

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from service_process import ServiceProcess
@@ -133,3 +134,24 @@ def test_what_a_schema_says_is_text_on_that_page() -> None:
         tag for tag, attrs in Elements(page).elements if any(name.startswith("on") for name in attrs)
     } == set()
     assert "'unsafe" not in DOCS_POLICY
+
+
+def test_without_keys_a_page_cannot_rebind_its_name_to_a_service_that_listens_wide(
+    make_server: Any,
+) -> None:
+    service = make_server(
+        FINETUNING_HOST="0.0.0.0", FINETUNING_ALLOW_UNAUTHENTICATED="1", FINETUNING_ALLOWED_HOSTS="tuner"
+    )
+    for host in ("127.0.0.1", "192.168.7.9:8015", "[2001:db8::1]:8015", "localhost", "tuner:8015", "TUNER"):
+        assert service.http.get("/v1/files", headers={"host": host}).is_success, host
+    for host in ("evil.example", "127.0.0.1.evil.example", "0x7f.1.evil", "tuner.evil.example"):
+        answer = service.http.get("/v1/files", headers={"host": host})
+        assert answer.status_code == 400, host
+        assert answer.json()["detail"].endswith("can add the name to FINETUNING_ALLOWED_HOSTS.")
+    evil = {"host": "evil.example:8015", "origin": "http://evil.example:8015"}
+    assert service.http.post("/v1/models", content=b"{}", headers=evil).status_code == 400
+
+
+def test_where_there_are_keys_any_name_will_do_since_a_page_has_none(make_server: Any) -> None:
+    service = make_server(FINETUNING_HOST="0.0.0.0", FINETUNING_API_KEYS="key")
+    assert service.http.get("/v1/files", headers={"host": "tuner"}).is_success

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -98,6 +100,17 @@ def test_a_model_without_a_tokenizer_can_be_merged_into_and_not_trained(root: Pa
         catalog.check_trainable(root / "bare")
 
 
+@pytest.mark.parametrize("own_code", [False, True])
+def test_a_quantised_model_is_refused_when_it_is_named(tmp_path: Path, own_code: bool) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    for method, said in (({"quant_method": "bitsandbytes"}, "bitsandbytes"), (["?"], "some method")):
+        (model / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+        with pytest.raises(InvalidRequest, match=rf"is quantised \({said}\)") as caught:
+            catalog.check_trainable(model, own_code)
+        assert caught.value.code == "invalid_model"
+
+
 def test_damaged_models_are_told_apart(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     weights = model / "model.safetensors"
@@ -143,6 +156,53 @@ def test_an_index_that_names_missing_shards_is_refused(tmp_path: Path) -> None:
 HUB_FILES = ["config.json", "tokenizer.json", "model.safetensors"]
 
 
+@contextmanager
+def hub(status: int, body: dict[str, object], **headers: str) -> Iterator[dict[str, str]]:
+    """A hub that gives one answer to everything; yields the environment that leads there."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+        }
+        server.shutdown()
+
+
+CHECK = """
+from comps.cores.errors import ServiceError
+from comps.finetuning.catalog import check_on_hub
+try: check_on_hub('org/some', 'hf_token'); print('usable')
+except ServiceError as error: print(error.code, error)
+"""
+LOAD = """
+from comps.tuning.errors import ModelError
+from comps.tuning.models.load import load_base_model
+from comps.tuning.spec import ModelSpec
+try: load_base_model(ModelSpec(name='org/some', path='org/some', local=False))
+except ModelError as error: print(error)
+"""
+
+
+def printed(script: str, environment: dict[str, str]) -> str:
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 @pytest.mark.parametrize(
     ("files", "config", "said"),
     [
@@ -153,38 +213,34 @@ HUB_FILES = ["config.json", "tokenizer.json", "model.safetensors"]
         (["config.json", "model.safetensors"], None, "has no tokenizer"),
         (HUB_FILES, {"model_type": "llama"}, "usable"),
         (HUB_FILES, {"model_type": "t5"}, "is of the type 't5', which is no causal language model"),
+        (HUB_FILES, {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "(gptq)"),
         (HUB_FILES, {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}, "needs code of its own"),
     ],
 )
 def test_a_model_on_the_hub_must_have_the_files_that_are_needed(
     files: list[str], config: dict[str, object] | None, said: str
 ) -> None:
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            siblings = [{"rfilename": name} for name in files]
-            body = json.dumps({"id": "org/some", "siblings": siblings, "config": config})
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body.encode())
+    siblings = [{"rfilename": name} for name in files]
+    with hub(200, {"id": "org/some", "siblings": siblings, "config": config}) as environment:
+        assert said in printed(CHECK, environment)
 
-        def log_message(self, *_: object) -> None:
-            """Says nothing."""
 
-    script = (
-        "from comps.finetuning.catalog import check_on_hub\n"
-        "from comps.cores.errors import InvalidRequest\n"
-        "try: check_on_hub('org/some', None); print('usable')\n"
-        "except InvalidRequest as error: print(error)"
-    )
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        environment = os.environ | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HUB_OFFLINE": "0",
-        }
-        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-        hub.shutdown()
-    assert said in run.stdout, run.stderr
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_is_one_sentence_before_a_job_begins_and_in_its_run(
+    tmp_path: Path, status: int
+) -> None:
+    gated = {"X_Error_Code": "GatedRepo", "X_Error_Message": "Access to model org/some is restricted."}
+    with hub(status, {}, **gated) as environment:
+        environment |= {"HF_HOME": str(tmp_path)}
+        assert printed(CHECK, environment).startswith("model_gated The model 'org/some' is gated on the")
+        assert "base model org/some is gated: its owner must grant access" in printed(LOAD, environment)
+
+
+def test_a_private_model_is_not_found(tmp_path: Path) -> None:
+    with hub(401, {}, X_Error_Code="RepoNotFound") as environment:
+        environment |= {"HF_HOME": str(tmp_path)}
+        assert printed(CHECK, environment).startswith("model_not_found There is no base model 'org/some'")
+        assert "does not exist on the hub, or HF_TOKEN gives no access" in printed(LOAD, environment)
 
 
 def test_a_hub_that_does_not_answer_is_unavailable(tmp_path: Path) -> None:
@@ -201,19 +257,36 @@ def test_a_hub_that_does_not_answer_is_unavailable(tmp_path: Path) -> None:
     )
 
 
+def save_in_cache(cache: Path) -> Path:
+    """The model org/cached, as the hub's library keeps it; returns its directory."""
+    repository = cache / "models--org--cached"
+    snapshot = save_tiny_model(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    return snapshot
+
+
 def test_a_cached_snapshot_is_used_without_a_network(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
-    repository = tmp_path / "models--org--cached"
-    snapshot = repository / "snapshots" / "abc"
-    save_tiny_model(snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
+    snapshot = save_in_cache(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    spec = catalog.resolve(settings(root), "org/cached")
-    assert (spec.path, spec.local) == (str(snapshot), True)
+    for owner in (None, "one", "other"):  # the operator's own cache is for all
+        spec = catalog.resolve(settings(root), "org/cached", owner)
+        assert (spec.path, spec.local) == (str(snapshot), True)
+
+
+def test_what_one_key_has_loaded_from_the_hub_another_has_to_ask_for(root: Path, tmp_path: Path) -> None:
+    options = Settings(data_dir=tmp_path, models_dir=root, hf_hub_offline=False)
+    cache = catalog.hub_cache(options, "one")
+    assert cache is not None
+    snapshot = save_in_cache(cache)
+    assert catalog.resolve(options, "org/cached", "one").path == str(snapshot)
+    for owner in ("other", None):
+        assert not catalog.resolve(options, "org/cached", owner).local
+    assert catalog.hub_cache(options, None) is None
 
 
 def test_the_hub_library_is_imported_only_when_it_is_needed() -> None:

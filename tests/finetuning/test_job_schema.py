@@ -15,6 +15,7 @@ from comps.finetuning.schemas.jobs import JobRequest
 from comps.finetuning.schemas.lora import LoraConfig
 from comps.finetuning.schemas.nls import lora_spec
 from comps.finetuning.schemas.tolerant import MAX_WARNINGS, request_warnings
+from comps.tuning.spec import GridSpec
 
 LEAST: dict[str, Any] = {"training_file": "rows.json", "model": "org/base"}
 
@@ -41,11 +42,17 @@ def test_tasks_that_are_not_there_are_refused_with_those_that_are(body: dict[str
     assert [problem["loc"] for problem in caught.value.errors()] == [("General", "task")]
 
 
-def test_quantised_adapters_are_refused_and_not_silently_dense() -> None:
-    assert refused_fields(General={"lora_config": {"quantization_aware": True}}) == [
-        "General.lora_config.quantization_aware"
-    ]
-    parse(General={"lora_config": {"sparse_adapter": False, "quantization_aware": False}})
+def test_a_quantisation_aware_adapter_has_a_grid_and_no_dropout() -> None:
+    asked = {"quantization_aware": True, "quantization_mode": "int4_sym", "group_size": "32"}
+    for dropout, warnings in (({}, 0), ({"lora_dropout": 0.1}, 1)):
+        config = parse(General={"lora_config": asked | dropout}).General.lora_config
+        spec, told = lora_spec(config)
+        assert spec.grid == GridSpec(mode="int4_sym", group_size=32)
+        assert spec.dropout == 0
+        assert len(told) == warnings
+    plain = parse(General={"lora_config": {"group_size": 32}}).General.lora_config
+    assert lora_spec(plain)[0].grid is None
+    assert refused_fields(General={"lora_config": {"group_size": 48}}) == ["General.lora_config.group_size"]
 
 
 @pytest.mark.parametrize(("dropout", "warnings"), [(0, 0), (0.1, 1)])

@@ -124,6 +124,25 @@ def test_a_job_that_runs_for_too_long_fails_and_its_processes_end(service: Servi
     processes_end(service, job_id)
 
 
+@pytest.mark.trust
+@pytest.mark.skipif((psutil.cpu_count() or 1) < 2, reason="two workers need two cores")
+def test_a_job_of_two_workers_that_is_cancelled_leaves_no_process(service: ServiceProcess) -> None:
+    def workers() -> list[psutil.Process]:
+        processes = local_head(service).processes()
+        return [each for each in processes if each.is_running() and "RayTrainWorker" in each.name()]
+
+    job_id = create(service, upload(service), Training={"epochs": 500, "num_training_workers": 2})
+    at_step(service, job_id, 1)
+    found = workers()
+    assert len(found) == 2
+    service.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel").raise_for_status()
+    _, left = psutil.wait_procs(found, 20)
+    assert not left
+    processes_end(service, job_id)
+    assert job(service, job_id)["status"] == "cancelled"
+    succeeded(service, create(service, upload(service), Training={"max_train_steps": 2}))
+
+
 def test_a_data_set_that_is_damaged_fails_its_job_with_a_sentence(service: ServiceProcess) -> None:
     content = b'[{"instruction": "a", "output": "b"}, {"instruction": 3}]'
     file_id = service.openai.files.create(file=("damaged.json", content), purpose="fine-tune").id

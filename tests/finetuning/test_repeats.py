@@ -310,3 +310,41 @@ def test_the_longest_key_will_do(server: ServiceProcess, key: str) -> None:
         file = server.openai.files.create(file=("a", b"x"), purpose="evals", extra_headers=keyed(longest))
         again = server.openai.files.create(file=("a", b"x"), purpose="evals", extra_headers=keyed(longest))
         assert file.id == again.id
+
+
+def test_what_moves_a_job_is_done_once_for_a_key_too(
+    server: ServiceProcess, client: openai.OpenAI, adapter: Path, training_file: str, key: str
+) -> None:
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
+    moves = client.fine_tuning.jobs
+    paused = moves.pause(job.id, extra_headers=keyed(key))
+    moves.resume(job.id, extra_headers=keyed(key + "2"))
+    assert moves.pause(job.id, extra_headers=keyed(key)) == paused, "the answer of then"
+    assert moves.retrieve(job.id).status != "paused", "and the job goes on"
+    body = {"fine_tuning_job_id": job.id}
+    for path, content in ((f"{JOBS}/{job.id}/cancel", None), (f"{JOBS}/cancel", body)):
+        answer = server.http.post(path, json=content, headers=keyed(key))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    cancelled = moves.cancel(job.id, extra_headers=keyed(key + "3"))
+    assert moves.cancel(job.id, extra_headers=keyed(key + "3")) == cancelled
+    # A refusal keeps nothing.
+    assert server.http.post(f"{JOBS}/{job.id}/resume", headers=keyed(key + "4")).status_code == 409
+    assert moves.cancel(job.id, extra_headers=keyed(key + "4")).status == "cancelled"
+
+
+def test_the_end_of_an_upload_in_parts_takes_a_key(client: openai.OpenAI, key: str) -> None:
+    def begin() -> str:
+        return client.uploads.create(
+            bytes=len(ROWS), filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune"
+        ).id
+
+    first, second = begin(), begin()
+    part = client.uploads.parts.create(first, data=ROWS).id
+    done = client.uploads.complete(first, part_ids=[part], extra_headers=keyed(key))
+    assert client.uploads.complete(first, part_ids=[part], extra_headers=keyed(key)) == done
+    with pytest.raises(openai.UnprocessableEntityError, match="was used for another request"):
+        client.uploads.complete(first, part_ids=[part, part], extra_headers=keyed(key))
+    with pytest.raises(openai.UnprocessableEntityError, match="was used for another request"):
+        client.uploads.cancel(second, extra_headers=keyed(key))
+    gone = client.uploads.cancel(second, extra_headers=keyed(key + "2"))
+    assert client.uploads.cancel(second, extra_headers=keyed(key + "2")) == gone

@@ -139,6 +139,7 @@ def test_a_port_in_use_ends_the_command_with_one_sentence(tmp_path: Path) -> Non
     ("url", "said"),
     [
         ("nonsense", "FINETUNING_DATABASE_URL cannot be used"),
+        ("postgresql://user@host/db", "URL names a postgresql database; this service works with SQLite only"),
         ("sqlite:////nowhere/x.db", "cannot be brought up to date"),
     ],
 )

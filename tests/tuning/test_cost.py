@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from fixtures_models import save_tiny_model
 from fixtures_training import Run, assert_same_weights, run, train_spec, write_records
 
 from comps.tuning.errors import ResourceError
+from comps.tuning.spec import ResourcesSpec
 from comps.tuning.training import cost
 from comps.tuning.training.trainer import TuningTrainer
 
@@ -96,6 +98,29 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
     with pytest.raises(ResourceError, match="smaller batch_size") as raised:
         run(train_spec(tmp_path / "run", tiny, data, **SETTINGS))
     assert raised.value.param == "Training.batch_size"
+
+
+def test_one_of_several_workers_is_refused_for_what_would_not_even_fit_alone(
+    tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = ResourcesSpec(num_workers=2, cpus=1)
+    monkeypatch.setattr(cost, "available_memory", lambda: -(10**9))
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with pytest.raises(ResourceError, match=r"or for General\.enable_gradient_checkpointing"):
+            run(train_spec(tmp_path / "run", tiny, data, **SETTINGS, resources=several))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_run_that_starts_from_another_jobs_checkpoint_has_not_fitted_before(
+    tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(train_spec(tmp_path / "first", tiny, data, **SETTINGS, save_steps=3, max_train_steps=3))
+    monkeypatch.setattr(cost, "available_memory", lambda: -(10**9))
+    further = SETTINGS | {"max_train_steps": 5, "resume_from": first.output / "checkpoint-3"}
+    with pytest.raises(ResourceError, match="smaller batch_size"):
+        run(train_spec(tmp_path / "second", tiny, data, **further))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4, 8])

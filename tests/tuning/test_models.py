@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from fixtures_models import CHAT_TEMPLATE, save_tiny_model, tiny_model, tiny_tokenizer
 
 from comps.tuning.errors import ModelError
-from comps.tuning.models.load import load_base_model, load_tokenizer
+from comps.tuning.models.load import check_causal, load_base_model, load_tokenizer
 from comps.tuning.spec import ModelSpec
 
 
@@ -32,6 +33,34 @@ def test_a_saved_model_loads_with_its_own_weights(tmp_path: Path, family: str) -
     assert model.dtype == torch.float32
     assert model.config.use_cache is False
     assert not model.training
+
+
+ENCODERS = ["bert", "roberta", "electra"]
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_families_of_encoders_are_loaded_as_decoders(tmp_path: Path, family: str) -> None:
+    """A changed token moves the logits from its own place on, and none before: or labels would leak."""
+    save_tiny_model(tmp_path, family)
+    model = load_base_model(spec(tmp_path))
+    rows = torch.tensor([[11, 12, 13, 14, 15, 16], [11, 12, 13, 20, 15, 16]])
+    one, other = model(input_ids=rows).logits
+    assert torch.allclose(one[:3], other[:3], rtol=0, atol=1e-6)
+    assert not torch.allclose(one[3:], other[3:], rtol=0, atol=1e-3)
+    check_causal(model, "org/tiny")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "opt", "bloom", "gpt2"])
+def test_causal_families_pass_for_causal(family: str) -> None:
+    check_causal(tiny_model(family), "org/tiny")
+
+
+def test_a_model_that_sees_what_comes_is_refused(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=32, num_attention_heads=4, num_hidden_layers=2
+    )
+    with pytest.raises(ModelError, match="base model org/tiny looks at the tokens after the one"):
+        check_causal(transformers.BertLMHeadModel(config).eval(), "org/tiny")
 
 
 def test_a_model_loads_in_the_type_and_with_the_cache_asked_for(tmp_path: Path) -> None:

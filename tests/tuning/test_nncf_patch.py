@@ -49,33 +49,38 @@ def test_masked_quantisers_keep_what_nncfs_fill(tmp_path, monkeypatch):
     hooks = [hook for _, hook in get_hook_storage(model).named_hooks() if hasattr(hook, "lora_B")]
     generator = torch.Generator().manual_seed(2)
     for hook in hooks:
-        hook.lora_B.data = (torch.randn(hook.lora_B.shape, generator=generator) * 0.1).bfloat16()
+        for factor in (hook.lora_A, hook.lora_B):
+            factor.data = (torch.randn(factor.shape, generator=generator) * 0.1).bfloat16()
     masked = mask_quantisers(model)
     assert len(masked) == 14
     filled = kept = zeros = 0
     for name, hook in masked.items():
         weight = weights[name]
-        theirs = AsymmetricLoraNLSQuantizer.quantize(hook, weight)
-        ours = hook.quantize(weight)
+        with torch.no_grad():
+            theirs = AsymmetricLoraNLSQuantizer.quantize(hook, weight)
+            ours = hook.quantize(weight)
         zero = weight == 0
         zeros += int(zero.sum())
         filled += int(theirs[zero].count_nonzero())
         kept += int((ours[zero] == 0).sum())
-    assert kept == zeros > 10_000
+    assert kept == zeros > 9_000
     assert filled > 0.2 * zeros  # when this fails, NNCF masks by itself and the patch can go
 
+    # NNCF's grids are fitted to the same weights; its products are bfloat16, so some fall beside ours.
     for rank in (4, 2):
-        for hook in masked.values():
+        same = count = 0
+        for name, hook in masked.items():
             hook.set_active_rank(rank)
-        with torch.no_grad():
-            for name, weight in plain.named_parameters():
-                if name in masked:
-                    hook = masked[name]
-                    down, up = (each.float() for each in hook.get_active_adapters())
-                    rounding = GridRounding(Grid(4, False, 32).fit(weights[name]))
-                    weight.copy_(rounding.merged(down, up, weights[name], 1.0))
-        # The grids are fitted to the same weights; products of bfloat16 factors differ a little.
-        assert float((logits(model) - logits(plain)).abs().max()) < 0.05 * float(logits(plain).abs().max())
+            weight, grid = weights[name], Grid(4, False, 32)
+            steps = grid.fit(weight)
+            with torch.no_grad():
+                down, up = (each.float() for each in hook.get_active_adapters())
+                ours = GridRounding(steps).merged(down, up, weight, 1.0)
+                apart = grid.grouped(hook.quantize(weight) - ours).abs() / steps.scale[..., None]
+            assert apart.max() < 1.02
+            same, count = same + int((apart < 0.02).sum()), count + apart.numel()
+        assert same > 0.97 * count
+    assert torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize("mode", ["INT4_ASYM", "INT4_SYM"])
@@ -94,7 +99,7 @@ def test_a_step_changes_adapters_and_scales_and_no_zero(mode, tmp_path):
         assert all(parameter.grad is not None for parameter in parameters)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     for name, hook in masked.items():
         weight = model.get_parameter(name)

@@ -163,7 +163,7 @@ def test_a_job_ends_in_one_int4_model_as_sparse_as_its_base(grid, tmp_path, data
         assert torch.allclose(logits(model), logits(trained), atol=1e-5)
         assert 0.49 < masked_zeros(base, version / "merged_model") <= result["sparsity"]["after"]
         manifest = json.loads((version / "merged_model" / MANIFEST).read_text())
-        assert {facts["bits"] for facts in manifest["modules"].values()} == {4}
+        assert sorted(facts["bits"] for facts in manifest["modules"].values()) == [4] * 14 + [8] * 2
 
 
 def trained_model(done: Run, base: Path, adapter: LoraSpec) -> tuple[PeftModel, ElasticController]:

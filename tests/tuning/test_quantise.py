@@ -93,7 +93,7 @@ def test_a_quantised_model_is_loaded_as_what_its_integers_stand_for(family, tmp_
 
 def test_the_file_is_as_small_as_four_bits_and_their_scales(tmp_path):
     save_tiny_model(tmp_path / "base", hidden_size=128, intermediate_size=512, num_hidden_layers=2)
-    result = quantize(spec(tmp_path, grid=GridSpec(group_size=64), embeddings="as_is"))
+    result = quantize(spec(tmp_path, grid=GridSpec(group_size=64, embeddings="as_is")))
     linear = sum(
         tensor.numel()
         for name, tensor in load_file(tmp_path / "base" / "model.safetensors").items()

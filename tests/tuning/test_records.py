@@ -155,6 +155,8 @@ def test_memory_stays_bounded_however_large_the_file_is(
         ('[{"prompt": "a", "completion": ""}]', "record 1: 'completion' is empty"),
         ('[{"question": "a", "reply": "b"}]', "record 1: has 'question', 'reply', which is no shape"),
         ('[{}]', "record 1: has no fields"),
+        ('[{"prompt": "a", "chosen": "b", "rejected": "c"}]', "record 1: is a preference pair, and"),
+        ('[{"input": "a", "preferred_output": [], "non_preferred_output": []}]', "(DPO) is not offered"),
         ('[{"text": "a"}]', "record 1: is of the shape plain text, but instruction_tuning takes Alpaca"),
         ('prompt,completion\na,b,c\n', "line 2: has 3 values for 2 columns"),
         ('prompt,completion\na,"b\n', "line 2: is not valid CSV"),

@@ -249,3 +249,18 @@ def test_a_sparse_super_adapter_is_scored_through_its_own_layers(tmp_path: Path)
         with controller.at(scores.configuration):
             for row, mine in zip(items[1].rows, scores.results[1], strict=True):
                 assert_same(mine, by_itself(model, row.ids, row.learnt))
+
+
+def test_only_configurations_that_share_layers_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, space, controller = super_adapter(tiny_model(), lora())
+    asked: list[list[Any]] = []
+    score = Engine.score
+
+    def counted(self: Engine, batch: Any, configurations: Any) -> Any:
+        asked.append(list(configurations))
+        return score(self, batch, configurations)
+
+    monkeypatch.setattr(Engine, "score", counted)
+    late = (*space.maximal[:-1], space.minimal[-1])  # differs in the last layer only
+    Scorer(model, controller).score(choice_items(), [space.maximal, space.minimal, late])
+    assert sorted(map(sorted, asked)) == [[space.minimal], sorted([late, space.maximal])]

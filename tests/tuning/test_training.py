@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import peft
 import pytest
@@ -19,6 +19,7 @@ from comps.tuning.rundir import OUTPUT, REPORTS, STOP
 from comps.tuning.spec import LoraSpec, ModelSpec, OptimizationSpec, Optimizer, Scheduler
 from comps.tuning.training import precision
 from comps.tuning.training.arguments import total_steps
+from comps.tuning.training.trainer import TuningTrainer
 
 PLAIN = LoraSpec(r=4, dropout=0, target_modules=("q_proj", "v_proj"))
 
@@ -182,6 +183,47 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_and_goes_on_later(
     assert stopped.messages[-1] == "Stopped on request after step 1"
     (tmp_path / STOP).unlink()
     assert_same_weights(run(spec), nls)
+
+
+def test_a_run_that_is_asked_to_stop_in_its_last_step_ends(
+    nls: Run, tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training_step = TuningTrainer.training_step
+
+    def asked(trainer: TuningTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
+        if trainer.state.global_step == 9:
+            (tmp_path / STOP).touch()
+        loss: torch.Tensor = training_step(trainer, *arguments, **named)
+        return loss
+
+    monkeypatch.setattr(TuningTrainer, "training_step", asked)
+    ended = run(train_spec(tmp_path, model, data))
+    assert (tmp_path / STOP).exists()
+    assert ended.result is not None
+    assert ended.result["steps"] == 10
+    assert_same_weights(ended, nls)
+
+
+def test_a_draw_for_each_micro_batch_goes_on_where_it_was(tmp_path: Path, model: Path, data: Path) -> None:
+    micro = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 6}
+    adapter = lora(sample_per="micro_batch")
+    whole = run(train_spec(tmp_path / "whole", model, data, adapter=adapter, **micro))
+    spec = train_spec(tmp_path / "stopped", model, data, adapter=adapter, **micro)
+    spec.directory.mkdir()
+    (spec.directory / STOP).touch()
+    assert run(spec).checkpoints == [1]
+    (spec.directory / STOP).unlink()
+    assert_same_weights(run(spec), whole)
+    per_step = run(train_spec(tmp_path / "step", model, data, **micro))
+    assert per_step.losses != whole.losses
+
+
+def test_a_bert_is_trained_as_a_decoder(tmp_path: Path, data: Path) -> None:
+    bert = save_tiny_model(tmp_path / "bert", "bert")
+    trained = run(train_spec(tmp_path / "run", bert, data, adapter=lora("bert"), epochs=3))
+    assert trained.losses[-1] < trained.losses[0]
+    decoder = AutoModelForCausalLM.from_pretrained(bert, is_decoder=True)
+    peft.PeftModel.from_pretrained(decoder, trained.output)
 
 
 def test_a_base_model_without_a_tokenizer_is_not_trained(tmp_path: Path, data: Path) -> None:

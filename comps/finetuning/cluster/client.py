@@ -13,7 +13,8 @@ import aiohttp
 
 from comps.finetuning.cluster.errors import ClusterUnavailable, NodesLost
 
-RayStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
+# Ray's own words, and one for what it calls FAILED because there was no room for it in time.
+RayStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED", "NO ROOM"]
 
 
 class JobsClient:
@@ -86,6 +87,8 @@ class JobsClient:
             return None
         if status != 200:
             raise ClusterUnavailable(f"Ray answers {status} for {submission_id}")
+        if value["status"] == "FAILED" and value.get("error_type") == "JOB_SUPERVISOR_ACTOR_START_TIMEOUT":
+            return "NO ROOM"
         result: RayStatus = value["status"]
         return result
 

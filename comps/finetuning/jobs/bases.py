@@ -95,7 +95,7 @@ def create_quantize(
     spec = QuantizeSpec(
         name=request.name or f"{base_model.name}:{request.mode}-{request.group_size}:{job_id}",
         base_model=base_model, method=request.method,
-        grid=GridSpec(mode=request.mode, group_size=request.group_size), embeddings=request.embeddings,
+        grid=GridSpec(mode=request.mode, group_size=request.group_size, embeddings=request.embeddings),
         calibration=calibration(settings, request, file) if file else None, openvino=request.openvino,
         **placed(settings, request, job_id),
     )  # fmt: skip

@@ -136,7 +136,7 @@ def find_base_model(session: Session, settings: Settings, name: str, owner: Owne
             )
         own_code = catalog.runs_own_code(settings, Path(row.path))
         return ModelSpec(name=name, path=row.path, trust_remote_code=own_code)
-    return catalog.resolve(settings, name)
+    return catalog.resolve(settings, name, owner.id)
 
 
 def find_checkpoint(session: Session, name: str, owner: Owner) -> tuple[CheckpointRow, JobRow]:

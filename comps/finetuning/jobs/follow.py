@@ -106,4 +106,4 @@ def _checkpoint(session: Session, job: JobRow, data: dict[str, Any], created_at:
             CheckpointRow.job_id == job.id, CheckpointRow.step.in_(data.get("removed", []))
         )
     )
-    job.failures = 0  # the run moves: deaths before this one no longer count against it
+    job.failures = job.losses = 0  # the run moves: deaths before this one no longer count against it

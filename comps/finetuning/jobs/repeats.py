@@ -99,6 +99,15 @@ def keep(session: Session, repeat: Repeat | None, answer: BaseModel) -> None:
         row.answer = answer.model_dump(mode="json")
 
 
+def keep_afterwards(database: Database, repeat: Repeat | None, answer: BaseModel) -> None:
+    """:func:`claim` and :func:`keep` in a transaction of their own, for what may be carried out twice without
+    a difference. Raises :class:`KeyTaken`."""
+    if repeat is not None:
+        with database.session() as session:
+            claim(session, repeat)
+            keep(session, repeat, answer)
+
+
 def forget_old(database: Database) -> None:
     """Free the keys that are older than :data:`LIFETIME`."""
     with database.session() as session:

@@ -20,6 +20,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import InsufficientStorage
+from comps.finetuning.catalog import hub_cache
 from comps.finetuning.cluster import Cluster, ClusterUnavailable
 from comps.finetuning.jobs.finish import fail, finish
 from comps.finetuning.jobs.follow import follow, read_result
@@ -38,6 +39,7 @@ from comps.tuning.failpoints import failpoint
 logger = logging.getLogger(__name__)
 
 _ALIVE = ("PENDING", "RUNNING")
+_MORE_LOSSES = 2  # than deaths, before a job fails
 
 
 class Runs:
@@ -109,7 +111,7 @@ class Runs:
         job.status = "running"
         # A single worker trains in the run's first process, several get one each from Ray Train.
         single = wanted if wanted and wanted.workers == 1 else Demand(0, 0)
-        env = self._environment(job)
+        env = self.environment(job)
         try:
             await self._cluster.submit(submission, path, env, job.id, cores=single.cores, gpus=single.gpus)
         except ClusterUnavailable as error:
@@ -133,9 +135,12 @@ class Runs:
         rundir.write_json(directory / rundir.SPEC, spec)
         return directory / rundir.SPEC
 
-    def _environment(self, job: JobRow) -> dict[str, str]:
+    def environment(self, job: JobRow) -> dict[str, str]:
+        """The variables of a job's run, of which no other job knows."""
         env = tracking_environment(job.request.get("integrations"))
         env |= self._secrets.environment(job)
+        if cache := hub_cache(self._settings, job.owner):
+            env["HF_HUB_CACHE"] = str(cache)
         if self._settings.hf_hub_offline:
             env["HF_HUB_OFFLINE"] = "1"
         return env
@@ -171,9 +176,15 @@ class Runs:
             await self.change(job, _has_left)
         elif gone:
             await self.change(job, lambda session, row: self._died(session, row, status))
+        elif status and not pausing and (waits := self._waits(status)) != (job.attempt_started_at is None):
+            await self.change(job, _has_to_wait if waits else _has_begun)
         elif not pausing and job.time_limit is not None and _has_run(job) > job.time_limit:
             await self.change(job, _out_of_time)
         return gone or result is not None
+
+    def _waits(self, status: str) -> bool:
+        """Whether a run is still to begin for want of room, which others can take only of a Ray of others."""
+        return status == "PENDING" and not self._cluster.local
 
     def _ask_to_stop(self, job: JobRow) -> None:
         (self._directory(job) / rundir.STOP).touch()
@@ -218,15 +229,23 @@ class Runs:
     def _died(self, session: Session, job: JobRow, status: str | None) -> None:
         """The run is gone and left no result: back to the queue, or failed after too many attempts.
 
-        A run that went with its Ray, or that a killed service never submitted, has not died by itself.
+        A run that went with its Ray, or that a killed service never submitted, seldom has itself to blame:
+        such losses are counted apart, and more of them are allowed.
         """
-        job.failures += status is not None
-        what = "Ray no longer knows the run" if status is None else f"the run's processes ended ({status})"
+        if status == "NO ROOM":
+            _queue_again(session, job, "Ray had no room for the run; it is submitted again")
+            return
         allowed = self._settings.max_attempts if job.retry_limit is None else 1 + job.retry_limit
-        if status is not None and job.failures >= allowed:
+        if status is None:
+            job.losses += 1
+            what, count, allowed = "Ray no longer knows the run", job.losses, allowed + _MORE_LOSSES
+        else:
+            job.failures += 1
+            what, count = f"the run's processes ended ({status})", job.failures
+        if count >= allowed:
             fail(
                 session, job,
-                f"{what} without a result, {job.failures} time(s) in a row without a new checkpoint"
+                f"{what} without a result, {count} time(s) in a row without a new checkpoint"
                 f"{self._suspected(job)}; see GET /v1/fine_tuning/jobs/{job.id}/logs",
             )  # fmt: skip
             return
@@ -299,6 +318,16 @@ class Runs:
 
 def _queue_again(session: Session, job: JobRow, message: str) -> None:
     transition(session, job, "queued", message, cpus=None)
+
+
+def _has_to_wait(session: Session, job: JobRow) -> None:
+    job.attempt_started_at = None  # no running time
+    add_event(session, job, "The run waits in Ray until there is room for it")
+
+
+def _has_begun(session: Session, job: JobRow) -> None:
+    job.attempt_started_at = time.time()
+    add_event(session, job, "Ray has begun the run")
 
 
 def _has_left(session: Session, job: JobRow) -> None:

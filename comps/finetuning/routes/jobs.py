@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Depends, Path, Request
 from sqlalchemy import ColumnElement, String, cast
+from sqlalchemy.orm import Session
 
 from comps.cores.errors import InvalidRequest
 from comps.finetuning.dependencies import (
@@ -13,14 +15,14 @@ from comps.finetuning.dependencies import (
     OwnerDep,
     ReaderDep,
     RepeatDep,
-    SessionDep,
     SettingsDep,
 )
 from comps.finetuning.jobs import control
 from comps.finetuning.jobs.create import create_fine_tuning_job
 from comps.finetuning.jobs.delete import delete_job
 from comps.finetuning.jobs.find import find_job, find_run, visible_jobs
-from comps.finetuning.jobs.repeats import once
+from comps.finetuning.jobs.repeats import claim, keep, once
+from comps.finetuning.owner import Owner
 from comps.finetuning.routes.pages import After, Limit, newest_first
 from comps.finetuning.schemas.job_object import FineTuningJob, JobDeleted, JobList
 from comps.finetuning.schemas.jobs import MAX_METADATA, JobId, JobRequest
@@ -94,15 +96,48 @@ def retrieve_job_by_body(
     return FineTuningJob.of(job, settings, tuple(request_warnings(body)))
 
 
+class Act:
+    """What all routes that move a job have in common."""
+
+    def __init__(
+        self,
+        request: Request,
+        owner: OwnerDep,
+        settings: SettingsDep,
+        database: DatabaseDep,
+        repeat: RepeatDep,
+    ) -> None:
+        self.request, self.owner, self.settings = request, owner, settings
+        self.database, self.repeat = database, repeat
+
+    def __call__(
+        self,
+        find: Callable[[Session, str, Owner], JobRow],
+        job_id: str,
+        move: Callable[[Session, JobRow], JobRow],
+        warnings: tuple[str, ...] = (),
+    ) -> FineTuningJob:
+        """Find the job and move it, and have the dispatcher look at it."""
+
+        def make() -> FineTuningJob:
+            with self.database.session() as session:
+                claim(session, self.repeat)
+                job = move(session, find(session, job_id, self.owner))
+                answer = FineTuningJob.of(job, self.settings, warnings)
+                keep(session, self.repeat, answer)
+            self.request.app.state.dispatcher.wake()
+            return answer
+
+        return once(self.database, self.repeat, make, FineTuningJob.model_validate)
+
+
+ActDep = Annotated[Act, Depends()]
+
+
 @router.post("/fine_tuning/jobs/cancel")
-def cancel_job_by_body(
-    body: JobId, request: Request, owner: OwnerDep, settings: SettingsDep, session: SessionDep
-) -> FineTuningJob:
+def cancel_job_by_body(body: JobId, act: ActDep) -> FineTuningJob:
     """Stop one job, as OPEA asks for it."""
-    job = control.cancel(session, find_run(session, body.fine_tuning_job_id, owner))
-    session.commit()
-    request.app.state.dispatcher.wake()
-    return FineTuningJob.of(job, settings, tuple(request_warnings(body)))
+    return act(find_run, body.fine_tuning_job_id, control.cancel, tuple(request_warnings(body)))
 
 
 @router.get("/fine_tuning/jobs/{fine_tuning_job_id}")
@@ -124,46 +159,19 @@ def remove_job(
 
 
 @router.post("/fine_tuning/jobs/{fine_tuning_job_id}/cancel")
-def cancel_job(
-    fine_tuning_job_id: JobPath,
-    request: Request,
-    owner: OwnerDep,
-    settings: SettingsDep,
-    session: SessionDep,
-) -> FineTuningJob:
+def cancel_job(fine_tuning_job_id: JobPath, act: ActDep) -> FineTuningJob:
     """Stop one job, of any kind. Cancelling it again changes nothing; a job that has ended
     otherwise stays as it is."""
-    job = control.cancel(session, find_run(session, fine_tuning_job_id, owner))
-    session.commit()
-    request.app.state.dispatcher.wake()
-    return FineTuningJob.of(job, settings)
+    return act(find_run, fine_tuning_job_id, control.cancel)
 
 
 @router.post("/fine_tuning/jobs/{fine_tuning_job_id}/pause")
-def pause_job(
-    fine_tuning_job_id: JobPath,
-    request: Request,
-    owner: OwnerDep,
-    settings: SettingsDep,
-    session: SessionDep,
-) -> FineTuningJob:
+def pause_job(fine_tuning_job_id: JobPath, act: ActDep) -> FineTuningJob:
     """Have a job wait. A run saves a checkpoint after its present step and leaves its cores."""
-    job = control.pause(session, find_job(session, fine_tuning_job_id, owner))
-    session.commit()
-    request.app.state.dispatcher.wake()
-    return FineTuningJob.of(job, settings)
+    return act(find_job, fine_tuning_job_id, control.pause)
 
 
 @router.post("/fine_tuning/jobs/{fine_tuning_job_id}/resume")
-def resume_job(
-    fine_tuning_job_id: JobPath,
-    request: Request,
-    owner: OwnerDep,
-    settings: SettingsDep,
-    session: SessionDep,
-) -> FineTuningJob:
+def resume_job(fine_tuning_job_id: JobPath, act: ActDep) -> FineTuningJob:
     """Have a paused job go on from its newest checkpoint, when its turn comes."""
-    job = control.resume(session, find_job(session, fine_tuning_job_id, owner))
-    session.commit()
-    request.app.state.dispatcher.wake()
-    return FineTuningJob.of(job, settings)
+    return act(find_job, fine_tuning_job_id, control.resume)

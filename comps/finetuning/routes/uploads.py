@@ -21,7 +21,7 @@ from comps.finetuning.dependencies import (
     UploadSlot,
 )
 from comps.finetuning.jobs.find import find_upload
-from comps.finetuning.jobs.repeats import claim, keep, once
+from comps.finetuning.jobs.repeats import claim, keep, keep_afterwards, once
 from comps.finetuning.owner import Owner
 from comps.finetuning.schemas.files import check_purpose, display_name
 from comps.finetuning.schemas.tolerant import request_warnings
@@ -139,18 +139,29 @@ async def complete_upload(
     owner: OwnerDep,
     database: DatabaseDep,
     blobs: BlobsDep,
+    repeat: RepeatDep,
 ) -> UploadObject:
     """Make a file of the parts. A client that lost the answer may ask again and gets the same one."""
+
+    def make() -> UploadObject:
+        upload, file = complete(database, blobs, upload_id, owner, body.part_ids, body.md5)
+        answer = UploadObject.of(upload, file, warnings=request_warnings(body))
+        keep_afterwards(database, repeat, answer)
+        return answer
+
     async with request.app.state.completing:
-        upload, file = await run_in_threadpool(
-            complete, database, blobs, upload_id, owner, body.part_ids, body.md5
-        )
-    return UploadObject.of(upload, file, warnings=request_warnings(body))
+        return await run_in_threadpool(once, database, repeat, make, UploadObject.model_validate)
 
 
 @router.post("/{upload_id}/cancel")
 def cancel_upload(
-    upload_id: UploadPath, owner: OwnerDep, database: DatabaseDep, blobs: BlobsDep
+    upload_id: UploadPath, owner: OwnerDep, database: DatabaseDep, blobs: BlobsDep, repeat: RepeatDep
 ) -> UploadObject:
     """Give an upload up and remove its parts. Cancelling it again changes nothing."""
-    return UploadObject.of(cancel(database, blobs, upload_id, owner))
+
+    def make() -> UploadObject:
+        answer = UploadObject.of(cancel(database, blobs, upload_id, owner))
+        keep_afterwards(database, repeat, answer)
+        return answer
+
+    return once(database, repeat, make, UploadObject.model_validate)

@@ -77,15 +77,6 @@ def _spaces(value: object) -> object:
 ModuleNames = Annotated[list[str], BeforeValidator(_module_names)]
 
 
-def _not_yet(value: object) -> object:
-    if value not in (False, "false", None):
-        raise ValueError("this is not available in this version; leave it out or set it to false")
-    return False
-
-
-NotYet = Annotated[Literal[False], BeforeValidator(_not_yet)]
-
-
 def _whole(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 4 else value
 

@@ -1,9 +1,9 @@
 """The database: transactions, and bringing it to the present schema.
 
-SQLite by default, in WAL mode with full synchronisation: what was answered survives a power cut.
-Every write transaction begins with ``BEGIN IMMEDIATE``, so it holds the one write lock before it
-reads anything, and a state read in it cannot change under it; readers never wait. On PostgreSQL,
-row locks (``SELECT ... FOR UPDATE``) do the same.
+SQLite, in WAL mode with full synchronisation: what was answered survives a power cut. Every write
+transaction begins with ``BEGIN IMMEDIATE``, so it holds the one write lock before it reads anything, and
+a state read in it cannot change under it; readers never wait. No other database is taken, since no promise
+of this service was ever put to the test with one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy import Connection, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -37,12 +37,16 @@ class Database:
     def __init__(self, url: str) -> None:
         """Connects to nothing yet. Raises :class:`StartupError` for a URL that cannot work."""
         try:
+            if (kind := make_url(url).get_backend_name()) != "sqlite":
+                raise StartupError(
+                    f"FINETUNING_DATABASE_URL names a {kind} database; this service works with SQLite only, "
+                    "as in sqlite:////path/to/finetuning.db."
+                )
             self.engine = create_engine(url, pool_size=8, max_overflow=_CONNECTIONS - 8)
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
             raise StartupError(f"FINETUNING_DATABASE_URL cannot be used: {error}.") from error
-        if self.engine.dialect.name == "sqlite":
-            event.listen(self.engine, "connect", _configure_sqlite)
-            event.listen(self.engine, "begin", _begin_sqlite)
+        event.listen(self.engine, "connect", _configure_sqlite)
+        event.listen(self.engine, "begin", _begin_sqlite)
         self._readers = self.engine.execution_options(begin="DEFERRED")
 
     @contextmanager

@@ -98,6 +98,7 @@ class JobRow(Base):
     # What the dispatcher knows of the run.
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)  # attempts in a row that died without a new checkpoint
+    losses: Mapped[int] = mapped_column(default=0, server_default="0")  # the same, that went with their Ray
     cpus: Mapped[int | None]  # cores that the running attempt holds in the cluster
     submission_id: Mapped[str | None]
     stopped: Mapped[bool] = mapped_column(default=False)  # an ended job's processes are known to be gone

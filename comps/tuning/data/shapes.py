@@ -30,6 +30,8 @@ TASK_SHAPES: dict[str, tuple[Shape, ...]] = {
     "pretraining": ("text",),
     "calibration": ("alpaca", "prompt_completion", "messages", "text"),
 }
+# The better and the worse answer, by the names of Hugging Face's data sets and of OpenAI.
+_PREFERENCES = ({"chosen", "rejected"}, {"preferred_output", "non_preferred_output"})
 ROLES = ("system", "user", "assistant", "tool")
 _JSON_NAMES = {str: "a string", dict: "an object", list: "a list", bool: "a boolean", type(None): "null"}
 
@@ -48,6 +50,11 @@ def expect_shape(record: dict[str, Any], task: str, where: str) -> Shape:
     wanted = ", ".join(_DESCRIPTIONS[each] for each in accepted)
     if shape:
         raise DataError(f"{where}: is of the shape {_DESCRIPTIONS[shape]}, but {task} takes {wanted}")
+    if any(pair <= record.keys() for pair in _PREFERENCES):
+        raise DataError(
+            f"{where}: is a preference pair, and training on preferences (DPO) is not offered; {task} takes "
+            f"{wanted}, so keep the preferred answers as that"
+        )
     found = ", ".join(repr(str(field)[:40]) for field in list(record)[:10]) or "no fields"
     raise DataError(f"{where}: has {found}, which is no shape that {task} takes: {wanted}")
 

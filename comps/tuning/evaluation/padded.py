@@ -39,7 +39,11 @@ def score_rows(model: PreTrainedModel, rows: Sequence[Row]) -> list[RowScore]:
 
 
 def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """``logits`` [N, vocabulary], ``ids`` [N]: each id's log-likelihood, and whether it is the likeliest."""
+    """``logits`` [N, vocabulary], ``ids`` [N]: each id's log-likelihood, and whether it is the likeliest.
+
+    Less the log-sum-exp, and not by ``log_softmax``, which in float32 is off by 1e-5 where the vocabulary is
+    large: that adds up over a row's tokens.
+    """
     found = torch.empty(len(ids), dtype=torch.float32, device=ids.device)
     greedy = torch.empty(len(ids), dtype=torch.bool, device=ids.device)
     rows = max(1, CHUNK // logits.shape[-1])

@@ -18,6 +18,7 @@ Progress = Callable[[int, int], None]
 
 TOKENS = 1024  # in a batch
 COPIES = 8  # configurations in a batch
+_WORTH_SHARING = 0.1  # of the way through the layers
 
 
 class Scorer:
@@ -65,7 +66,7 @@ class Scorer:
             missing.setdefault(configs, []).append(item)
         done, total = 0, sum(len(configs) * len(each) for configs, each in missing.items())
         for configs, each in missing.items():
-            for chosen in _parts(self._ordered(configs), self._copies):
+            for chosen in self._together(configs):
                 for batch in self._batches(each):
                     found = self._engine.score(batch, chosen)
                     for config, scores in zip(chosen, found, strict=True):
@@ -85,13 +86,25 @@ class Scorer:
             return None
         return self._controller.active if config is None else self._controller.space.check(config)
 
-    def _ordered(self, configs: Sequence[Configuration | None]) -> list[Configuration | None]:
-        """Those that agree in many of the first layers side by side, so that they share a batch."""
-        if self._controller is None or len(configs) <= self._copies:
-            return list(configs)
+    def _together(self, configs: Sequence[Configuration | None]) -> list[list[Configuration | None]]:
+        """Those that agree in the first layers, and so compute these once, are scored side by side; to put
+        others into one batch gains nothing."""
+        if self._controller is None:
+            return [[config] for config in configs]
         groups = self._controller.space.groups
         order = sorted(range(len(groups)), key=lambda place: groups[place].layer)
-        return sorted(configs, key=lambda config: [(config or ())[place] for place in order])
+        found: list[list[Configuration | None]] = []
+        before: list[int] = []
+        for ranks, config in sorted(
+            ([(config or ())[place] for place in order], config) for config in configs
+        ):
+            pairs = enumerate(zip(before, ranks, strict=False))
+            shared = next((place for place, (one, other) in pairs if one != other), len(before))
+            if not found or len(found[-1]) == self._copies or shared < _WORTH_SHARING * len(order):
+                found.append([])
+            found[-1].append(config)
+            before = ranks
+        return found
 
     def _batches(self, items: Sequence[Item]) -> list[list[Item]]:
         """Items of similar length together: at most so many tokens, of which none is padding."""
@@ -109,7 +122,3 @@ class Scorer:
             room -= sizes[place]
             found[-1].append(items[place])
         return found
-
-
-def _parts(values: list[Configuration | None], size: int) -> list[list[Configuration | None]]:
-    return [values[start : start + size] for start in range(0, len(values), size)]

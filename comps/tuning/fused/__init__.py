@@ -47,22 +47,26 @@ def _fuse(model: PreTrainedModel) -> Fusion:
     expected = _trial(model, packed_loss)
     every = list(decoder_layers(model))
     layers = [(layer, parts) for layer, parts in every if parts is not None]
-    for layer, parts in layers:
-        replace_forward(layer, FusedDecoder(parts, last=layer is every[-1][0]))
-    if layers and not _same(expected, _trial(model, packed_loss)):
-        log.warning("the fused layers of this model do not give what its own give, and are not used")
-        for layer, _ in layers:
-            restore_forward(layer)
-        layers = []
     head = output_head(model)
-    if head is None:
-        return Fusion(len(layers), False, packed_loss)
-    loss = HeadLoss(head)
-    replace_forward(head, _as_it_is)
-    if _same(expected, _trial(model, loss)):
-        return Fusion(len(layers), True, loss)
-    restore_forward(head)  # something follows the head: a factor, or a cap on the logits
-    return Fusion(len(layers), False, packed_loss)
+    # Most models get what is tried first: all at once.
+    for chosen, last in ((layers, head), (layers, None), ([], head)):
+        if not chosen and last is None:
+            continue
+        for layer, parts in chosen:
+            replace_forward(layer, FusedDecoder(parts, last=layer is every[-1][0]))
+        loss: Loss = packed_loss
+        if last is not None:
+            replace_forward(last, _as_it_is)
+            loss = HeadLoss(last)
+        if _same(expected, _trial(model, loss)):
+            return Fusion(len(chosen), last is not None, loss)
+        for layer, _ in chosen:
+            restore_forward(layer)
+        if last is not None:
+            restore_forward(last)  # something may follow the head: a factor, or a cap on the logits
+        else:
+            log.warning("the fused layers of this model do not give what its own give, and are not used")
+    return Fusion(0, False, packed_loss)
 
 
 def _as_it_is(own: Callable[..., Tensor], hidden: Tensor) -> Tensor:

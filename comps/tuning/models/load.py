@@ -10,7 +10,13 @@ import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from comps.tuning.errors import ModelError
 from comps.tuning.export.files import has_tokenizer
@@ -36,7 +42,8 @@ def load_base_model(
     ``use_cache`` false turns the key/value cache off in the model's configuration, as training wants
     it; pass true for a model that is to generate or to be saved. A hub model is looked for with the
     environment's ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE``. A model with integer weights is loaded as
-    the floating-point numbers that they stand for. Raises :class:`ModelError`.
+    the floating-point numbers that they stand for. One of those families that can be encoders or decoders
+    (BERT and its like) is loaded as a decoder. Raises :class:`ModelError`.
     """
     if model.local:
         _check_directory(model)
@@ -44,8 +51,14 @@ def load_base_model(
         if model.local and is_quantised(Path(model.path)):
             loaded, report = load_quantised(model, dtype)
         else:
+            config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+            if getattr(config, "is_decoder", None) is False:
+                config.is_decoder = (
+                    True  # as an encoder it would be shown the very tokens that it is to predict
+                )
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 model.path,
+                config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=model.trust_remote_code,
@@ -58,6 +71,22 @@ def load_base_model(
         raise ModelError(f"base model {model.name}: its files lack the weight {names[0]}{others}")
     loaded.config.use_cache = use_cache
     return loaded.to(device).eval()
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits depend on later tokens: it would learn to copy what it is shown.
+
+    Two rows that differ in their last token must have the same logits before it. Raises :class:`ModelError`.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    rows = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 8, 10]], device=model.device) % size
+    one, other = model(input_ids=rows).logits[:, :-1].float()
+    if not torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.abs().max())):
+        raise ModelError(
+            f"base model {name} looks at the tokens after the one it is to predict (its attention is not "
+            "causal), so it cannot be trained as a language model"
+        )
 
 
 def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:

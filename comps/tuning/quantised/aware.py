@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from comps.tuning.errors import AdapterError
 from comps.tuning.quantised.grid import Steps
 from comps.tuning.quantised.load import known_steps
-from comps.tuning.quantised.modules import grid_of, layer_linears
+from comps.tuning.quantised.modules import BYTES, embeddings, grid_of, layer_linears
 from comps.tuning.spec import GridSpec
 from patches.peft_rounded import make_layer_rounded
 from patches.peft_sparse import masked_
@@ -108,9 +108,11 @@ class _Product(torch.autograd.Function):
         return dx, ctx.scale * (up.t() @ product), ctx.scale * (product @ down.t()), None, None, None, None
 
 
+@torch.no_grad()
 def roundings(model: PreTrainedModel, grid: GridSpec) -> dict[str, GridRounding]:
     """The rounding of each linear module of the decoder layers of ``model``, by its path: to steps fitted to
-    their weights, or to those that the model came with.
+    their weights, or to those that the model came with. Its embeddings are rounded at once, if ``grid`` asks
+    for that.
 
     Raises:
         AdapterError: a module's inputs cannot be cut into groups.
@@ -127,6 +129,10 @@ def roundings(model: PreTrainedModel, grid: GridSpec) -> dict[str, GridRounding]
                 param="group_size",
             )
         found[name] = GridRounding(known.get(name) or cut.fit(weight), transposed)
+    if grid.embeddings == "int8" and not known:
+        # By their tensors: a tied head is its embeddings.
+        for weight in {id(end.weight): end.weight for end in embeddings(model).values()}.values():
+            weight.copy_(BYTES.fit(weight).nearest(weight))
     return found
 
 

@@ -68,7 +68,7 @@ def known_steps(model: PreTrainedModel, grid: GridSpec) -> Mapping[str, Steps]:
 
 
 def _same(name: str, found: GridSpec, asked: GridSpec) -> None:
-    if found != asked:
+    if (found.mode, found.group_size) != (asked.mode, asked.group_size):
         raise ModelError(
             f"the base model {Path(name).name} is quantised to {found.mode} with group_size "
             f"{found.group_size}, not to {asked.mode} with {asked.group_size}",

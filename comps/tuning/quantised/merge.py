@@ -21,7 +21,7 @@ from comps.tuning.quantised.aware import merged_integers
 from comps.tuning.quantised.files import METHOD, Reader, is_quantised
 from comps.tuning.quantised.grid import Steps
 from comps.tuning.quantised.load import check_grid
-from comps.tuning.quantised.modules import Target, empty_model, grid_of, targets
+from comps.tuning.quantised.modules import Target, empty_model, targets
 from comps.tuning.quantised.write import openvino_facts, stored_tensors, write_model
 from comps.tuning.spec import GridSpec, MergeSpec
 
@@ -78,7 +78,7 @@ def _source(
     """What goes on which grid, the tensors of a file, and the steps that a weight comes with."""
     if not is_quantised(base.directory):
         empty = empty_model(spec.base_model, base.directory)
-        return targets(base, empty, grid_of(grid), embeddings=False), stored_tensors(base), lambda name: None
+        return targets(base, empty, grid), stored_tensors(base), lambda name: None
     reader = Reader(base)
     plan = {
         f"{module}.weight": Target(module, on, reader.transposed(module))

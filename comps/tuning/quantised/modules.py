@@ -57,12 +57,19 @@ def layer_linears(model: nn.Module) -> dict[str, Linear]:
     }
 
 
-def targets(base: BaseFiles, empty: PreTrainedModel, grid: Grid, embeddings: bool) -> dict[str, Target]:
+def embeddings(model: PreTrainedModel) -> dict[str, nn.Embedding | nn.Linear]:
+    """The embeddings and the output head, by their path."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: module for name, module in model.named_modules() if any(module is end for end in ends)}
+
+
+def targets(base: BaseFiles, empty: PreTrainedModel, spec: GridSpec) -> dict[str, Target]:
     """The weights of ``base`` that go on a grid, by the checkpoint's name for them.
 
     Raises:
         ModelError: there are none, or the inputs of one cannot be cut into groups.
     """
+    grid = grid_of(spec)
     found: dict[str, Target] = {}
     for module, linear in layer_linears(empty).items():
         tensor = find_tensor(f"{module}.weight", base.shard_of)
@@ -84,10 +91,8 @@ def targets(base: BaseFiles, empty: PreTrainedModel, grid: Grid, embeddings: boo
             f"the base model {base.name} has no linear modules in numbered layers, so there is nothing to "
             "quantise"
         )
-    if embeddings:
-        for part in (empty.get_input_embeddings(), empty.get_output_embeddings()):
-            names = [name for name, module in empty.named_modules() if module is part]
-            for name in names:
-                if tensor := find_tensor(f"{name}.weight", base.shard_of):
-                    found[tensor] = Target(name, BYTES)
+    if spec.embeddings == "int8":
+        for name in embeddings(empty):
+            if tensor := find_tensor(f"{name}.weight", base.shard_of):
+                found[tensor] = Target(name, BYTES)
     return found

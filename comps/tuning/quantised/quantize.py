@@ -62,11 +62,11 @@ def _quantize(spec: QuantizeSpec, events: rundir.EventWriter) -> dict[str, Any]:
     base = find_base(spec.base_model)
     # The very files that are copied, also where the base model is one of the hub's.
     source = spec.base_model.model_copy(update={"path": str(base.directory), "local": True})
-    plan = targets(base, empty_model(source, base.directory), grid_of(spec.grid), spec.embeddings == "int8")
+    plan = targets(base, empty_model(source, base.directory), spec.grid)
     linears = [target for target in plan.values() if target.grid.bits == 4]
     events.write(
         f"Quantising {len(linears)} linear modules of {base.name} to {spec.grid.mode} in groups of "
-        f"{spec.grid.group_size} by {spec.method}, embeddings {spec.embeddings}"
+        f"{spec.grid.group_size} by {spec.method}, embeddings {spec.grid.embeddings}"
     )
     given: dict[str, tuple[Steps, Tensor]] = {}
     if spec.method == "gptq":

@@ -63,8 +63,10 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> C
 
     Neither weights nor random numbers change. Time and memory are taken to grow by straight lines with the
     tokens. When the largest micro-batch would not fit into the memory that is free, gradient checkpointing is
-    turned on; with several workers, who share a machine or don't, that is left to the asker. A run that is
-    ``resumed`` from a checkpoint fitted before and is not refused.
+    turned on; with several workers that is left to the asker, since each looks at its own memory and all
+    must compute alike. They may share a machine or not, so one of them is refused for what would not even
+    fit alone. A run that is ``resumed`` from a checkpoint of its own has fitted before and is not refused for
+    memory that others take now; should it die of it, its attempts are counted.
 
     Raises :class:`ResourceError` when even that will not do, :class:`TuningError` for too few rows.
     """
@@ -85,12 +87,13 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> C
         trial = _Trial(trainer, middle, most, free)
         if not trial.fits and workers == 1 and not on and (on := trainer.recompute_activations()):
             trial = _Trial(trainer, middle, most, free)
-    if not trial.fits and workers == 1 and not resumed:
+    if not trial.fits and not resumed:
         even = ", even with gradient checkpointing" if on else ""
         raise ResourceError(
             f"this run needs about {trial.needed / 1e9:.1f} GB more memory for its largest batch of "
             f"{len(middle)} rows{even}; {max(0.0, free) / 1e9:.1f} GB are free. "
-            "Ask for a smaller batch_size (with more gradient_accumulation_steps) or max_length",
+            "Ask for a smaller batch_size (with more gradient_accumulation_steps) or max_length"
+            + ("" if on else ", or for General.enable_gradient_checkpointing"),
             param="Training.batch_size",
         )
     fixed, rate = trial.time.fit()

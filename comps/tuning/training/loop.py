@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,7 +28,7 @@ from comps.tuning.data.dataset import TokenisedData, build_datasets
 from comps.tuning.elastic.model import ElasticController, build_adapter
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.errors import TuningError
-from comps.tuning.models.load import load_base_model, load_tokenizer
+from comps.tuning.models.load import check_causal, load_base_model, load_tokenizer
 from comps.tuning.sparse.adapted import check_zeros
 from comps.tuning.spec import TrainSpec
 from comps.tuning.training import auto, checkpoints, facts, precision
@@ -81,16 +83,20 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
             machine=machine, versions=facts.versions(),
         )  # fmt: skip
     choice = _resume_point(spec, output, events) if events else None
-    resume = _agreed(choice, spec.resources.num_workers)
+    resume = _agreed(choice, spec, output)
     set_seed(spec.training.seed)
 
-    tokenizer = load_tokenizer(spec.base_model)
-    data = build_datasets(spec.data, spec.task, tokenizer, spec.training.seed)
-    if events:
-        _report_data(events, data, time.monotonic() - began)
-    mark = time.monotonic()
-    model = load_base_model(spec.base_model, device=spec.resources.device)
+    with ThreadPoolExecutor(1) as beside:
+        loading = beside.submit(
+            _timed, lambda: load_base_model(spec.base_model, device=spec.resources.device)
+        )
+        tokenizer = load_tokenizer(spec.base_model)
+        data = build_datasets(spec.data, spec.task, tokenizer, spec.training.seed)
+        if events:
+            _report_data(events, data, time.monotonic() - began)
+        model, seconds = loading.result()
     loaded = time.monotonic()
+    check_causal(model, spec.base_model.name)
     _check_positions(model, data, events)
     spec, notes = auto.resolve(spec, model.config, data.report.train_rows, data.report.train_tokens)
     model, space, controller = build_adapter(model, spec.lora)
@@ -98,7 +104,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
     if events:
         for level, note in notes:
             events.write(note, level=level)
-        _report_model(events, spec, model, space, loaded - mark, time.monotonic() - loaded)
+        _report_model(events, spec, model, space, seconds, time.monotonic() - loaded)
         if zeros is not None:
             events.write(
                 f"The adapter is masked by the zeros of the base model: {zeros:.1%} of the weights it is on",
@@ -131,7 +137,7 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
         events.write(f"Set-up took {time.monotonic() - began:.1f} s")
     try:
         if resume is None or not _restore_finished(spec, trainer, resume, len(data.train)):
-            _tell_cost(spec, trainer, events, resume is not None)
+            _tell_cost(spec, trainer, events, resume not in (None, spec.resume_from))
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except Stopped:
         if events:
@@ -161,6 +167,12 @@ def _train(spec: TrainSpec, events: rundir.EventWriter | None) -> dict[str, Any]
             type="progress", step=result["steps"], seconds_left=0,
         )  # fmt: skip
     return result
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``work`` returns, and its seconds."""
+    began = time.monotonic()
+    return work(), time.monotonic() - began
 
 
 def _tell_cost(
@@ -224,14 +236,23 @@ def _resume_point(spec: TrainSpec, output: Path, events: rundir.EventWriter) -> 
     return spec.resume_from
 
 
-def _agreed(choice: Path | None, workers: int) -> Path | None:
+def _agreed(choice: Path | None, spec: TrainSpec, output: Path) -> Path | None:
     """Rank 0's choice, on all workers. Only rank 0 holds the run's directory; what the others see there
     may still be changed by an earlier attempt that is about to end."""
-    if workers == 1:
+    if spec.resources.num_workers == 1:
         return choice
-    box = [choice]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    # A number, since paths would be sent as pickles: a step of this run's own, or one of these.
+    nowhere, other_job = -1, -2
+    number = nowhere
+    if choice is not None:
+        step = choice.name.removeprefix(rundir.CHECKPOINT_PREFIX)
+        number = other_job if choice == spec.resume_from else int(step)
+    box = torch.tensor(number, device=spec.resources.device)
+    torch.distributed.broadcast(box, src=0)
+    number = int(box)
+    if number == nowhere:
+        return None
+    return spec.resume_from if number == other_job else output / f"{rundir.CHECKPOINT_PREFIX}{number}"
 
 
 def _restore_finished(spec: TrainSpec, trainer: TuningTrainer, checkpoint: Path, rows: int) -> bool:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import uuid
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from comps.tuning import attempt
 from comps.tuning.spec import TrainSpec, load_spec
@@ -27,6 +30,36 @@ _RAY_TRAIN = {
 }
 
 
+class _WithoutPort(TorchConfig):  # type: ignore[misc]
+    """Ray Train's workers without its process group, whose rendezvous port listens on all interfaces and asks
+    nobody who he is. Ours meet in a file (see :func:`_meet`)."""
+
+    @property
+    def backend_cls(self) -> Any:
+        return Backend
+
+
+def _meet(file: str, device: str) -> None:
+    """Make the process group of all workers by way of ``file``, on storage that they share."""
+    import torch.distributed
+
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    # Where transformers looks for them.
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "NODE_RANK": str(context.get_node_rank()),
+        "ACCELERATE_TORCH_DEVICE": str(get_device()),
+    }
+    if ray.util.get_node_ip_address().startswith("127."):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else the address of the machine's name
+    backend = "gloo" if device == "cpu" else "nccl"
+    torch.distributed.init_process_group(backend, f"file://{file}", rank=rank, world_size=workers)
+
+
 def _worker(config: dict[str, str]) -> None:
     """Runs in each worker. Heavy imports happen here, in the workers, side by side."""
     spec = load_spec(Path(config["spec"]))
@@ -37,6 +70,8 @@ def _worker(config: dict[str, str]) -> None:
 
     rank = ray.train.get_context().get_world_rank()
     workers = spec.resources.num_workers
+    if workers > 1:
+        _meet(config["meeting_point"], spec.resources.device)
     attempt.carry_out(spec.directory, lambda: train(spec, rank), rank=rank, workers=workers)
 
 
@@ -55,18 +90,20 @@ def train_on_ray(spec: TrainSpec, spec_path: Path) -> None:
     # Ray stops jobs with SIGTERM, but Ray Train tidies up (it would leave an actor) on SIGINT only.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     storage = spec.directory / "ray_train"
+    storage.mkdir(exist_ok=True)
+    meeting_point = storage / uuid.uuid4().hex  # of this attempt alone
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"spec": str(spec_path)},
+        train_loop_config={"spec": str(spec_path), "meeting_point": str(meeting_point)},
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             resources_per_worker=per_worker,
             use_gpu=resources.device == "cuda",
         ),
         run_config=RunConfig(name=spec.job_id, storage_path=str(storage)),
-        torch_config=TorchConfig(backend="gloo" if resources.device == "cpu" else "nccl"),
+        torch_config=_WithoutPort(),
     )
     try:
         trainer.fit()
     finally:
-        shutil.rmtree(storage, ignore_errors=True)  # an empty marker: our checkpoints lie elsewhere
+        shutil.rmtree(storage, ignore_errors=True)  # our checkpoints lie elsewhere
