@@ -37,7 +37,8 @@ def test_the_walk_through_and_the_python_example_run_as_written(tmp_path: Path) 
     data = tmp_path / "examples" / "data" / "bookings_train.json"
     data.parent.mkdir(parents=True)
     data.write_text(json.dumps(json.loads((ROOT / "examples/data/bookings_train.json").read_text())[:40]))
-    save_tiny_model(tmp_path / "data" / "models" / MODEL, num_hidden_layers=30)
+    sizes = {"num_hidden_layers": 30, "hidden_size": 64, "intermediate_size": 64}
+    save_tiny_model(tmp_path / "data" / "models" / MODEL, **sizes)
     with closing(ServiceProcess(tmp_path, ray=True)) as service:
         script = subprocess.run(
             ["bash", ROOT / "examples" / "walkthrough.sh"],
