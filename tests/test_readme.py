@@ -72,7 +72,8 @@ def the_other_examples_run_as_written(service: ServiceProcess) -> None:
         assert service.http.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).is_success
     jobs = service.http.get("/v1/fine_tuning/jobs").json()["data"]
     trained = next(job["id"] for job in jobs if job["status"] == "succeeded")
-    for command in re.findall(r"^curl .*?(?=^curl |\Z)", "".join(blocks("sh")), flags=re.M | re.S):
+    requests = "".join(block for block in blocks("sh") if block.startswith("curl "))
+    for command in re.findall(r"^curl .*?(?=^curl |\Z)", requests, flags=re.M | re.S):
         script = f"URL={service.url} JOB={trained}; {command}".replace("curl ", "curl -sS --fail-with-body ")
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, command + done.stdout + done.stderr
