@@ -37,7 +37,8 @@ def test_the_walk_through_and_the_python_example_run_as_written(tmp_path: Path) 
     data = tmp_path / "examples" / "data" / "bookings_train.json"
     data.parent.mkdir(parents=True)
     data.write_text(json.dumps(json.loads((ROOT / "examples/data/bookings_train.json").read_text())[:40]))
-    save_tiny_model(tmp_path / "data" / "models" / MODEL, num_hidden_layers=30)
+    sizes = {"num_hidden_layers": 30, "hidden_size": 64, "intermediate_size": 64}
+    save_tiny_model(tmp_path / "data" / "models" / MODEL, **sizes)
     with closing(ServiceProcess(tmp_path, ray=True)) as service:
         script = subprocess.run(
             ["bash", ROOT / "examples" / "walkthrough.sh"],
@@ -71,7 +72,8 @@ def the_other_examples_run_as_written(service: ServiceProcess) -> None:
         assert service.http.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).is_success
     jobs = service.http.get("/v1/fine_tuning/jobs").json()["data"]
     trained = next(job["id"] for job in jobs if job["status"] == "succeeded")
-    for command in re.findall(r"^curl .*?(?=^curl |\Z)", "".join(blocks("sh")), flags=re.M | re.S):
+    requests = "".join(block for block in blocks("sh") if block.startswith("curl "))
+    for command in re.findall(r"^curl .*?(?=^curl |\Z)", requests, flags=re.M | re.S):
         script = f"URL={service.url} JOB={trained}; {command}".replace("curl ", "curl -sS --fail-with-body ")
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, command + done.stdout + done.stderr

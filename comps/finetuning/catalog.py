@@ -21,6 +21,7 @@ from comps.cores.errors import InvalidRequest, NotFound, Unavailable
 from comps.finetuning.settings import Settings
 from comps.tuning.export.files import VOCABULARIES, has_tokenizer
 from comps.tuning.models.weights import Header, WeightsError, read_headers, weights_files
+from comps.tuning.sparse.report import INTEGER_GRID
 from comps.tuning.spec import ModelSpec
 from patches.transformers import causal_lm_types
 
@@ -230,7 +231,10 @@ def _unsupported(config: Mapping[str, Any], own_code: bool) -> str | None:
     """Why a model with this config.json cannot be trained, as the rest of a sentence."""
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        return f"is quantised ({str(method or 'some method')[:40]}); an adapter is trained on full weights"
+        if method != INTEGER_GRID:  # our own
+            return (
+                f"is quantised ({str(method or 'some method')[:40]}); an adapter is trained on full weights"
+            )
     kind = config.get("model_type")
     if own_code or (isinstance(kind, str) and kind in causal_lm_types()):
         return None

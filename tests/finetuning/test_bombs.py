@@ -21,7 +21,7 @@ from service_process import ROOT, ServiceProcess
 
 MEGABYTE = 2**20
 # What a request may leave behind: the allocator's own, no part of a body.
-FLAT = 24 * MEGABYTE
+FLAT = 32 * MEGABYTE
 MULTIPART = {"content-type": "multipart/form-data; boundary=b"}
 FILE = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
 MODEL = "org/bombs"

@@ -26,9 +26,9 @@ from torch import Tensor
 from comps.tuning.errors import ModelError
 from comps.tuning.export.base_files import BaseFiles
 from comps.tuning.quantised.grid import Grid, Steps
-from comps.tuning.sparse.report import QUANTISED
+from comps.tuning.sparse.report import INTEGER_GRID, QUANTISED
 
-METHOD = "integer_grid"
+METHOD = INTEGER_GRID
 MANIFEST = QUANTISED
 QWEIGHT, SCALE, ZERO = "qweight", "scale", "zero"
 

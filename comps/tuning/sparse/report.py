@@ -30,6 +30,7 @@ _IN_A_LAYER = re.compile(r"(?:.+\.)?\d+\.(?:.+\.)?([^.]+)")
 _TABLE = re.compile(r".*(embed|embedding|relative_attention_bias).*")
 # The manifest of a model that was quantised here (comps.tuning.quantised.files).
 QUANTISED = "quantization.json"
+INTEGER_GRID = "integer_grid"  # quant_method of those models in their config.json
 _PIECE = 1 << 22  # elements
 
 # A float is zero when all its bits but the sign are.
