@@ -40,6 +40,8 @@ def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
             return found
     except urllib.error.HTTPError as error:
         sys.exit(json.load(error)["detail"])
+    except urllib.error.URLError as error:
+        sys.exit(f"No service answers at {url}: {error.reason}. Is it running (make serve)?")
 
 
 def main() -> None:

@@ -58,6 +58,17 @@ def succeeded_job(
     return job_id
 
 
+def await_verdict(database: Database, job_id: str) -> None:
+    """Return once the service has validated the job's files."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with database.reading() as session:
+            if session.query(JobRow).filter_by(id=job_id).one().status != "validating_files":
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"{job_id} is still in validation")
+
+
 def start_and_finish(database: Database, job_id: str, result: dict[str, Any]) -> None:
     """Move a queued row through its run to the end that ``result`` tells, as the dispatcher does."""
     with database.session() as session:

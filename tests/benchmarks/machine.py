@@ -58,6 +58,12 @@ class Load:
         return max(0.0, (busy - self._began[1] - own_cpu_seconds) / (now - self._began[0]))
 
 
+def peak_memory() -> int:
+    """Bytes that this process had in memory at most. (``ru_maxrss`` of a child begins at its parent's.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 def describe() -> str:
     """Machine and versions, for the log."""
     model = next(

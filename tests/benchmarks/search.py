@@ -6,10 +6,11 @@ r"""Is a search worth it? Base, LoRA, the named sub-adapters and what each searc
 For each seed a plain LoRA of rank 16 and an NLS super-adapter (three groups, ranks 16, 12, 8) are trained on
 the training questions but for the last ``--held-out`` ones, which are all that any search sees: ``--items``
 of them while it searches, all of them for its finalists. Then everything is scored once on the test split,
-which no choice has seen (``acc_norm``, the choices' texts, the prompts of training). ``learned`` is what the
-training itself speaks for; its additive model is also compared with the real scores of random configurations
-(Spearman's rank correlation). All that is done is kept in ``--directory``, and is not done again by the next
-call.
+which no choice has seen (``acc_norm`` and the loss of the right answer, the choices' texts, the prompts of
+training). ``learned`` is what the training itself speaks for; its additive model is also compared with the
+real scores of random configurations (Spearman's rank correlation). A search is by the loss of the right
+answers unless ``--metric`` says otherwise: it costs less than scoring all choices, and is far less noisy. All
+that is done is kept in ``--directory``, and is not done again by the next call.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from comps.tuning.spec import (
 from examples.prepare_arc import to_instruction
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("up_proj",), ("down_proj",))
-METRIC = "acc_norm"
+METRICS = ("acc_norm", "loss")  # on the test split; loss: of the right answer, for each token
 
 
 def parse() -> argparse.Namespace:
@@ -52,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--evals", type=int, nargs="*", default=[50, 200])
+    parser.add_argument("--metric", default="loss", choices=["acc", "acc_norm", "loss"], help="searched by")
     parser.add_argument("--algorithms", nargs="*", default=["nsga2", "hill_climbing", "random", "learned"])
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--max-steps", type=int)
@@ -116,7 +118,7 @@ def searched(
         spec = SearchSpec(
             job_id=directory.name, directory=directory, super_adapter=super_adapter,
             base_model=base_model(options), data=DataSpec(train_file=validation), validation_file=validation,
-            texts=True, algorithm=algorithm, num_evals=evals, seed=seed, metric=METRIC,
+            texts=True, algorithm=algorithm, num_evals=evals, seed=seed, metric=options.metric,
             items=options.items, all_items=options.held_out,
             known=tuple(sorted(directory.parent.glob("*/evaluations.jsonl"))),
             resources=ResourcesSpec(cpus=options.threads),
@@ -126,8 +128,11 @@ def searched(
     return found
 
 
+Values = dict[str, list[float]]  # of each metric, one for each test question
+
+
 class Judge:
-    """Scores on the test split, kept in a file. A score is a list of 0 and 1, one for each question."""
+    """Scores on the test split, kept in a file."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from comps.tuning.evaluation.items import Items
@@ -138,11 +143,9 @@ class Judge:
         questions = read_questions(options.test, texts=True, choices=True, limit=options.test_items)
         self._items = Items.choices(questions, load_tokenizer(base_model(options)), 2048)
         self._path = options.directory / f"test-{len(self._items)}.json"
-        self._known: dict[str, list[float]] = (
-            json.loads(self._path.read_text()) if self._path.exists() else {}
-        )
+        self._known: dict[str, Values] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
-    def scores(self, adapter: Path | None, configs: Sequence[tuple[int, ...] | None]) -> list[list[float]]:
+    def scores(self, adapter: Path | None, configs: Sequence[tuple[int, ...] | None]) -> list[Values]:
         """Of the base model, an adapter, or configurations of a super-adapter."""
         names = [f"{adapter}/{config}" for config in configs]
         missing = [config for name, config in zip(names, configs, strict=True) if name not in self._known]
@@ -161,7 +164,7 @@ class Judge:
                 model = load_adapter(model, adapter)
             scored = Scorer(model, controller).score(self._items, missing)
             for config, found in zip(missing, scored, strict=True):
-                self._known[f"{adapter}/{config}"] = found.per_item(METRIC)
+                self._known[f"{adapter}/{config}"] = {name: found.per_item(name) for name in METRICS}
             rundir.write_json(self._path, self._known)
         return [self._known[name] for name in names]
 
@@ -184,7 +187,7 @@ def correlation(
         SearchSpec(
             job_id="correlation", directory=path.parent, super_adapter=super_adapter,
             base_model=base_model(options), data=DataSpec(train_file=validation), validation_file=validation,
-            texts=True, metric=METRIC, items=options.items, all_items=options.items,
+            texts=True, metric="acc_norm", items=options.items, all_items=options.items,
         )
     )  # fmt: skip
     space = candidates.space
@@ -194,15 +197,15 @@ def correlation(
     predicted = [additive.predict(model.effects, choice) for choice in choices]
     scores = candidates.scorer.score(candidates.items, configs)
     loss = [float(np.mean(each.per_item("loss"))) for each in scores]
-    accuracy = [float(np.mean(each.per_item(METRIC))) for each in scores]
+    accuracy = [float(np.mean(each.per_item("acc_norm"))) for each in scores]
     parameters = [space.parameters(config) for config in configs]
     found = {
         "loss": float(spearmanr(predicted, loss).statistic),
-        METRIC: float(spearmanr(predicted, [-each for each in accuracy]).statistic),
+        "acc_norm": float(spearmanr(predicted, [-each for each in accuracy]).statistic),
         "parameters with loss": float(spearmanr(parameters, [-each for each in loss]).statistic),
         "loss with acc_norm": float(spearmanr(loss, [-each for each in accuracy]).statistic),
         "spread of loss": float(np.std(loss)),
-        f"spread of {METRIC}": float(np.std(accuracy)),
+        "spread of acc_norm": float(np.std(accuracy)),
         "explained": model.explained,
         "steps": model.steps,
     }
@@ -210,50 +213,79 @@ def correlation(
     return found
 
 
-def row(name: str, scores: list[float], parameters: int | None, heuristic: list[float] | None) -> str:
-    """A line of the table: the score, and the paired difference to the heuristic, with standard errors."""
-    count = len(scores)
-    value, error = float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(count)
-    shown = "" if parameters is None else f"{parameters:,}"
-    gain = ""
-    if heuristic is not None:
-        gains = np.array(scores) - np.array(heuristic)
-        gain = f"{gains.mean():+.4f} ± {gains.std(ddof=1) / math.sqrt(count):.4f}"
-    return f"| {name} | {shown} | {value:.4f} ± {error:.4f} | {gain} |"
+def mean_and_error(values: list[float] | np.ndarray) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
-def one_seed(options: argparse.Namespace, judge: Judge, data: Path, validation: Path, seed: int) -> None:
-    began = time.monotonic()
-    nls = trained(options, data, seed, elastic=True)
-    found = {
-        f"{algorithm}, {evals}": searched(options, nls, validation, seed, algorithm, evals)
-        for algorithm in options.algorithms
-        for evals in options.evals
-    }
-    named = next(iter(found.values()))["references"] if found else _named(nls)
-    entries = {**named, **{f"best of {name}": result["best"] for name, result in found.items()}}
-    configs = {name: tuple(entry["config"]) for name, entry in entries.items()}
-    judge.scores(nls, list(dict.fromkeys(configs.values())))  # all at once
-    heuristic = judge.scores(nls, [configs["heuristic"]])[0]
-    print(f"\n### seed {seed}, {len(heuristic)} test questions\n")
-    print(
-        f"| | adapter's parameters | {METRIC} ± stderr | against the heuristic, paired |\n|---|---|---|---|"
-    )
-    print(row("base", judge.scores(None, [None])[0], None, heuristic))
-    lora = trained(options, data, seed, elastic=False)
-    print(row("LoRA r16", judge.scores(lora, [None])[0], entries["maximal"].get("parameters"), heuristic))
-    for name, config in configs.items():
-        print(row(name, judge.scores(nls, [config])[0], entries[name].get("parameters"), heuristic))
-    for name, result in found.items():
-        fresh = result["best"].get("fresh", {})
-        print(
-            f"- {name}: {result['configurations']} configurations in {result['seconds']} s; on its own items "
-            f"{result['best']['score']:.4f}, on {fresh.get('scored_items')} others "
-            f"{fresh.get('gain', math.nan):+.4f} ± {fresh.get('gain_stderr') or math.nan:.4f} beside it"
-        )
-    if options.correlate:
-        print(f"- learned against real scores: {correlation(options, nls, validation, seed)}")
-    print(f"- {time.monotonic() - began:.0f} s", flush=True)
+def row(name: str, parameters: list[int], seeds: list[Values], heuristics: list[Values]) -> str:
+    """A line of the table: values, and the differences to the heuristic's on the same questions.
+
+    Standard errors are those over questions, of each question's mean over the seeds; the range is that of the
+    seeds.
+    """
+    cells = [name, f"{round(float(np.mean(parameters))):,}" if parameters else ""]
+    for metric in METRICS:
+        values = np.array([seed[metric] for seed in seeds])
+        own, error = mean_and_error(values.mean(axis=0))
+        apart = values - np.array([seed[metric] for seed in heuristics])
+        gain, gain_error = mean_and_error(apart.mean(axis=0))
+        each = apart.mean(axis=1)
+        cells += [
+            f"{own:.4f} ± {error:.4f}",
+            f"{gain:+.4f} ± {gain_error:.4f} ({each.min():+.4f} to {each.max():+.4f})",
+        ]
+    return f"| {' | '.join(cells)} |"
+
+
+def work(options: argparse.Namespace, data: Path, validation: Path) -> dict[int, dict[str, dict[str, Any]]]:
+    """Each seed's searches by name. The shorter ones of all seeds come before the longer ones."""
+    found: dict[int, dict[str, dict[str, Any]]] = {seed: {} for seed in options.seeds}
+    for evals in options.evals:
+        for seed in options.seeds:
+            nls = trained(options, data, seed, elastic=True)
+            for algorithm in options.algorithms:
+                began = time.monotonic()
+                result = searched(options, nls, validation, seed, algorithm, evals)
+                found[seed][f"{algorithm}, {evals}"] = result
+                fresh = result["best"].get("fresh", {})
+                print(
+                    f"- seed {seed}, {algorithm}, {evals}: {result['configurations']} configurations in "
+                    f"{result['seconds']} s; on its own items {result['best']['score']:.4f}, on "
+                    f"{fresh.get('scored_items')} others {fresh.get('gain', math.nan):+.4f} ± "
+                    f"{fresh.get('gain_stderr') or math.nan:.4f} beside the heuristic "
+                    f"({time.monotonic() - began:.0f} s)",
+                    flush=True,
+                )
+    return found
+
+
+def table(
+    options: argparse.Namespace, judge: Judge, data: Path, found: dict[int, dict[str, dict[str, Any]]]
+) -> None:
+    names: dict[str, list[int]] = {}
+    values: dict[str, list[Values]] = {}
+
+    def add(name: str, parameters: int | None, scores: Values) -> None:
+        names.setdefault(name, []).extend([] if parameters is None else [parameters])
+        values.setdefault(name, []).append(scores)
+
+    for seed, searches in found.items():
+        nls = trained(options, data, seed, elastic=True)
+        lora = trained(options, data, seed, elastic=False)
+        named = next(iter(searches.values()))["references"] if searches else _named(nls)
+        entries = {**named, **{f"best of {name}": result["best"] for name, result in searches.items()}}
+        configs = {name: tuple(entry["config"]) for name, entry in entries.items()}
+        judge.scores(nls, list(dict.fromkeys(configs.values())))  # all at once
+        add("base", None, judge.scores(None, [None])[0])
+        add("LoRA r16", entries["maximal"].get("parameters"), judge.scores(lora, [None])[0])
+        for name, config in configs.items():
+            add(name, entries[name].get("parameters"), judge.scores(nls, [config])[0])
+    count = len(values["base"][0][METRICS[0]])
+    print(f"\n{count} test questions, seeds {options.seeds}, searched by {options.metric}\n")
+    columns = [f"{metric} ± stderr | beside the heuristic (seeds)" for metric in METRICS]
+    print(f"| | adapter's parameters | {' | '.join(columns)} |\n{'|---' * (2 + 2 * len(METRICS))}|")
+    for name, seeds in values.items():
+        print(row(name, names[name], seeds, values["heuristic"]), flush=True)
 
 
 def _named(super_adapter: Path) -> dict[str, dict[str, Any]]:
@@ -273,8 +305,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data, validation = prepare(options)
     judge = Judge(options)
-    for seed in options.seeds:
-        one_seed(options, judge, data, validation, seed)
+    found = work(options, data, validation)
+    table(options, judge, data, found)
+    for seed in options.seeds if options.correlate else []:
+        nls = trained(options, data, seed, elastic=True)
+        print(
+            f"- seed {seed}, learned against real scores: {correlation(options, nls, validation, seed)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

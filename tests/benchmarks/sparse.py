@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from comps.tuning.data.collate import Collator
 from comps.tuning.data.dataset import build_datasets
 from comps.tuning.models.load import load_tokenizer
 from comps.tuning.spec import TrainSpec
-from tests.benchmarks.machine import Load, describe, sgemm
+from tests.benchmarks.machine import Load, describe, peak_memory, sgemm
 from tests.benchmarks.pairs import ROWS, SEED, WARM_UP, Side
 from tests.benchmarks.train_once import spec
 
@@ -98,7 +97,7 @@ def alone(arguments: argparse.Namespace, name: str) -> dict[str, float]:
     way = Way(arguments, name)
     for number, batch in enumerate(batches(arguments)):
         loss = way.step(batch, number)
-    return {"gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "loss": loss}
+    return {"gb": peak_memory() / 2**30, "loss": loss}
 
 
 def memory(arguments: argparse.Namespace, name: str) -> dict[str, float]:

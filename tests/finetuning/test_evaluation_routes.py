@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fixtures_elastic import lora as lora_spec
 from fixtures_elastic import super_adapter
-from fixtures_jobs import succeeded_job
+from fixtures_jobs import await_verdict, succeeded_job
 from fixtures_models import save_tiny_model, tiny_model
 from fixtures_service import upload
 
@@ -79,25 +79,52 @@ def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
     assert part in error["message"]
 
 
-def test_an_evaluation_is_answered_at_once_listed_cancelled_and_deleted(server, file_id: str) -> None:
+@pytest.mark.parametrize(
+    ("rows", "metric", "part"),
+    [
+        ([{"text": "No question."}], None, "record 1: is no question"),
+        (
+            [*QUESTIONS, {"instruction": "Add 1 and 2.", "output": "3"}],
+            "acc",
+            "record 4: has nothing to choose",
+        ),
+    ],
+)
+def test_what_is_wrong_with_questions_is_said_before_the_evaluation_waits_for_cores(
+    server, file_id: str, database: Database, rows: list[Any], metric: str | None, part: str
+) -> None:
+    body = {"model": MODEL, "file": upload(server, rows, "wrong.json"), "metric": metric}
+    made = server.http.post("/v1/evaluations", json=body).json()
+    await_verdict(database, made["id"])
+    error = server.http.get(f"/v1/evaluations/{made['id']}").json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_evaluation_file", "file")
+    assert part in error["message"]
+
+
+def test_an_evaluation_is_answered_at_once_listed_cancelled_and_deleted(
+    server, file_id: str, database: Database
+) -> None:
     body = {"model": MODEL, "file": file_id, "metric": "acc", "limt": 3, "seed": 5}
     answer = server.http.post("/v1/evaluations", json=body)
     assert answer.status_code == 200, answer.text
     made = answer.json()
-    assert (made["object"], made["status"], made["file"], made["seed"]) == (
+    status = made.pop("status")
+    assert (made["object"], status, made["file"], made["seed"]) == (
         "evaluation",
-        "queued",
+        "validating_files",
         file_id,
         5,
     )
     assert (made["model"], made["metrics"], made["task"]) == (MODEL, None, None)
     assert made["warnings"] == ["limt is not a known key and was ignored; did you mean limit?"]
     path = f"/v1/evaluations/{made['id']}"
-    assert server.http.get(path).json() == made
-    assert server.http.get("/v1/evaluations?limit=1").json()["data"] == [made]
+    await_verdict(database, made["id"])
+    looked_up = server.http.get(path).json()
+    assert looked_up == made | {"status": "queued"}
+    assert server.http.get("/v1/evaluations?limit=1").json()["data"] == [looked_up]
     assert made["id"] not in server.http.get("/v1/fine_tuning/jobs").text
     events = server.http.get(f"/v1/fine_tuning/jobs/{made['id']}/events").json()["data"]
-    assert "limt" in events[0]["message"]
+    assert any("limt" in event["message"] for event in events)
     assert server.http.get(f"/v1/fine_tuning/jobs/{made['id']}/logs").text == ""
 
     missing = server.http.get(f"{path}/items")

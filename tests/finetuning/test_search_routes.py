@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fixtures_elastic import RANKS, lora, super_adapter
-from fixtures_jobs import start_and_finish, succeeded_job
+from fixtures_jobs import await_verdict, start_and_finish, succeeded_job
 from fixtures_models import save_tiny_model, tiny_model
 from fixtures_search import questions
 from fixtures_service import upload
@@ -95,7 +95,9 @@ def test_a_search_is_answered_at_once_and_is_a_spec_in_its_row(
     response = begin(**asked, num_eval=3)
     job = response.json()
     assert response.text.startswith('{"id":"search-')
-    assert (job["status"], job["fine_tuning_job_id"], job["search_id"]) == ("queued", source, job["id"])
+    assert (job["status"], job["fine_tuning_job_id"], job["search_id"]) == (
+        "validating_files", source, job["id"],
+    )  # fmt: skip
     assert job["warnings"] == ["num_eval is not a known key and was ignored; did you mean num_evals?"]
     with database.reading() as session:
         row = session.scalars(select(JobRow).where(JobRow.id == job["id"])).one()
@@ -105,6 +107,8 @@ def test_a_search_is_answered_at_once_and_is_a_spec_in_its_row(
     assert spec.resources.cpus == 1
     assert spec.validation_file == server.data_dir / "files" / file_id
     assert spec.super_adapter == server.data_dir / "jobs" / source / "output"
+    await_verdict(database, job["id"])
+    job["status"] = "queued"
     assert server.http.get(f"{SEARCH}/{job['id']}").json() == job
     listed = server.http.get(SEARCH, params={"limit": 1}).json()
     assert listed["data"] == [job]
@@ -156,7 +160,12 @@ def test_a_registered_super_adapter_needs_a_validation_file(
     foreign = {"fine_tuning_job_id": None, "model": "foreign-super"}
     assert "it is not known" in refusal(begin(**foreign, validation_file=None), 422, "validation_file")
     job = begin(**foreign).json()
-    assert (job["model"], job["fine_tuning_job_id"], job["status"]) == ("foreign-super", None, "queued")
+    assert (job["model"], job["fine_tuning_job_id"], job["status"]) == (
+        "foreign-super",
+        None,
+        "validating_files",
+    )
+    await_verdict(database, job["id"])
     start_and_finish(database, job["id"], result_of(job))
     best = {"model": "foreign-super", "adapter_version": "best", "wait": False}
     assert server.http.post(EXTRACT, json=best | {"search_id": job["id"]}).status_code == 200
@@ -203,6 +212,7 @@ def test_what_a_search_found_is_extracted_by_name(
     assert "none of the job" in sentence
     assert "POST /v1/finetune/search" in sentence
     first = begin().json()
+    await_verdict(database, first["id"])
     start_and_finish(database, first["id"], result_of(first))
     done = server.http.get(f"{SEARCH}/{first['id']}").json()
     assert (done["status"], done["best"], done["metric"]) == ("succeeded", BEST, "acc")
@@ -220,12 +230,24 @@ def test_what_a_search_found_is_extracted_by_name(
 
     # A newer search has found something else: the version that is there stays, and it is said whose it is.
     second = begin().json()
+    await_verdict(database, second["id"])
     start_and_finish(database, second["id"], result_of(second, FRONT[1]))
     assert first["id"] in refusal(extract(adapter_version="best"), 409, "adapter_version")
     assert spec_of(extract(adapter_version="best", search_id=first["id"])) == best
     # A pipeline passes the search on as it is, and means what it has found.
     passed_on = server.http.post(EXTRACT, json=done | {"wait": False})
     assert spec_of(passed_on) == best
+
+
+def test_questions_that_cannot_be_scored_end_a_search_before_it_waits(
+    server: ServiceProcess, begin: Any, database: Database
+) -> None:
+    rows = [{"instruction": "Add.", "input": "1, 2", "output": "3"}] * 9
+    job = begin(validation_file=upload(server, rows, "sums.json"), metric="acc").json()
+    await_verdict(database, job["id"])
+    error = server.http.get(f"{SEARCH}/{job['id']}").json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_validation_file", "validation_file")
+    assert error["message"].startswith("sums.json, record 1: has nothing to choose from")
 
 
 def test_a_search_keeps_what_it_reads_from_being_deleted(
@@ -245,6 +267,7 @@ def test_files_of_a_search_are_there_when_it_has_succeeded(
     server: ServiceProcess, begin: Any, database: Database
 ) -> None:
     job = begin().json()
+    await_verdict(database, job["id"])
     path = f"{SEARCH}/{job['id']}/files/search_progression.csv"
     assert "is queued" in refusal(server.http.get(path), 404, "name")
     output = Path(job["output_dir"])

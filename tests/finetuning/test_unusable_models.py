@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from fixtures_models import save_tiny_model
+from fixtures_service import create, upload, wait
 from service_process import ServiceProcess
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -94,6 +95,16 @@ def test_a_model_that_cannot_be_trained_is_refused_at_once(
     assert error["message"].startswith(f"The base model in {tmp_path.name!r} {sentence}")
     assert error["message"].endswith(".")
     assert len(error["message"]) < 300
+
+
+def test_a_dense_model_gets_no_sparse_adapter(server: ServiceProcess) -> None:
+    save_tiny_model(server.models_dir / "org" / "dense")
+    job_id = create(
+        server, upload(server), model="org/dense", General={"lora_config": {"sparse_adapter": True}}
+    )
+    error = wait(server, job_id)["error"]
+    assert (error["code"], error["param"]) == ("invalid_model", "General.lora_config.sparse_adapter")
+    assert "org/dense is not sparse: 0.00% of the weights" in error["message"]
 
 
 def test_a_missing_model_is_404_and_says_where_it_was_looked_for(server: ServiceProcess) -> None:

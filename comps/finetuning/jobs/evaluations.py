@@ -1,7 +1,5 @@
-"""Evaluations as jobs: a row of the kind ``evaluate``, which waits for cores like a training.
-
-Its questions are read by the run itself: what is wrong with them is the job's error.
-"""
+"""Evaluations as jobs: a row of the kind ``evaluate``, which is validated and waits for cores like a
+training."""
 
 from __future__ import annotations
 
@@ -78,7 +76,7 @@ def create_evaluation(
         resources=ResourcesSpec(cpus=request.resources_per_worker.CPU),
     )  # fmt: skip
     job = JobRow(
-        id=job_id, kind=KIND, status="queued", owner=owner.id, model=subject.base_model.name,
+        id=job_id, kind=KIND, status="validating_files", owner=owner.id, model=subject.base_model.name,
         training_file=file.id if file else None,  # so that it is not deleted while it is needed
         version=version, seed=request.seed, request=request.model_dump(mode="json", exclude_unset=True),
         spec=spec.model_dump(mode="json"), warnings=warnings, priority=request.priority,

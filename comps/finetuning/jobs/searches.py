@@ -38,7 +38,7 @@ def create_search(
     owner: Owner,
     repeat: Repeat | None = None,
 ) -> JobRow:
-    """Write the row of a new search, queued.
+    """Write the row of a new search, in ``validating_files``.
 
     Raises :class:`InvalidRequest`, :class:`NotFound`, or :class:`Conflict` when its source has not succeeded;
     and :class:`QueueFull` and :class:`KeyTaken`.
@@ -72,8 +72,9 @@ def create_search(
             "on it any more."
         )
     job = JobRow(
-        id=job_id, kind=spec.kind, status="queued", owner=source.owner, model=source.base_model.name,
-        source=source.id, seed=spec.seed, validation_file=file.id if file else None,
+        id=job_id, kind=spec.kind, status="validating_files", owner=source.owner,
+        model=source.base_model.name, source=source.id, seed=spec.seed,
+        validation_file=file.id if file else None,
         training_file=training[0].training_file if training and file is None else None,
         request=request.model_dump(mode="json", exclude_unset=True), spec=spec.model_dump(mode="json"),
         warnings=warnings,

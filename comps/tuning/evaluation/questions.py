@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from comps.tuning.data.formats import MAX_RECORD_BYTES, detect_format, unit
-from comps.tuning.data.records import iter_records
+from comps.tuning.data.records import Summary, iter_records
 from comps.tuning.data.shapes import check_record, shape_of
 from comps.tuning.errors import DataError
 
@@ -64,6 +64,24 @@ def read_questions(
     if not found:
         raise DataError(f"{name}: holds no record")
     return found
+
+
+def check_questions(
+    path: Path, name: str = "", *, texts: bool = False, choices: bool = False, limit: int = MAX_RECORD_BYTES
+) -> Summary:
+    """Read the whole file once, in bounded memory: each record must be a question of at most ``limit`` bytes.
+
+    Raises :class:`DataError` as :func:`read_questions`.
+    """
+    name = name or path.name
+    format = detect_format(path, name)
+    count, shape = 0, None
+    for number, record in iter_records(path, name, limit=limit):
+        question = to_question(record, f"{name}, {unit(format)} {number}", texts=texts, choices=choices)
+        count, shape = count + 1, shape_of(question.record)
+    if shape is None:
+        raise DataError(f"{name}: holds no record")
+    return Summary(count, shape, format)
 
 
 def to_question(

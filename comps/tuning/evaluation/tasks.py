@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,21 +145,37 @@ def load_task(name: str, directory: Path, *, texts: bool = False, choices: bool 
     ]
 
 
+def check_on_hub(name: str, directory: Path) -> None:
+    """Raises :class:`DataError` when the hub does not say that it has the task ``name``, which ``directory``
+    has not."""
+    from huggingface_hub import HfApi
+
+    with _of_hub(name, directory):
+        HfApi().dataset_info(_HUB[name].path, timeout=30, token=False)
+
+
 def _rows(name: str, hub: Hub, directory: Path) -> Iterable[Record]:
+    from datasets import load_dataset
+
+    with _of_hub(name, directory):
+        rows: Iterable[Record] = load_dataset(hub.path, hub.subset, split=hub.split)
+    return rows
+
+
+@contextmanager
+def _of_hub(name: str, directory: Path) -> Iterator[None]:
+    """Whatever a library does with what a network gives becomes a :class:`DataError`."""
     missing = f"the task {name!r} is not in {directory.name}/{name}/test.json"
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         raise DataError(f"{missing}, and the Hugging Face hub is not asked (HF_HUB_OFFLINE)", param="task")
-    from datasets import load_dataset
-
     try:
-        rows: Iterable[Record] = load_dataset(hub.path, hub.subset, split=hub.split)
-    except Exception as error:  # whatever a library does with what a network gives
+        yield
+    except Exception as error:
         raise DataError(
-            f"{missing}, and the data set {hub.path!r} cannot be had from the Hugging Face hub: "
+            f"{missing}, and the data set {_HUB[name].path!r} cannot be had from the Hugging Face hub: "
             f"{type(error).__name__}",
             param="task",
         ) from error
-    return rows
 
 
 def _plain(name: str) -> str:

@@ -6,9 +6,9 @@ import peft
 from peft.tuners.lora import LoraLayer
 
 from comps.tuning.errors import ModelError
+from comps.tuning.sparse.report import LEAST, is_dense
 
-# Dense models have zeros, too: 0.03 % of SmolLM2-135M's weights, which come from 4-bit ones, are zero.
-LEAST = 0.01
+PARAM = "General.lora_config.sparse_adapter"
 
 
 def check_zeros(model: peft.PeftModel, base_model: str) -> float:
@@ -22,10 +22,5 @@ def check_zeros(model: peft.PeftModel, base_model: str) -> float:
     count = sum(int(weight.numel()) for weight in weights)
     fraction = 1 - sum(int(weight.count_nonzero()) for weight in weights) / count
     if fraction < LEAST:
-        raise ModelError(
-            f"the base model {base_model} is not sparse: {fraction:.2%} of the weights that get an adapter "
-            "are zero, and sparse_adapter is for a model whose zeros a merge shall keep; prune the model "
-            "first, or leave sparse_adapter out",
-            param="General.lora_config.sparse_adapter",
-        )
+        raise ModelError(is_dense(base_model, fraction), param=PARAM)
     return fraction

@@ -49,7 +49,8 @@ def training_arguments(spec: TrainSpec, scratch: Path, rows: int, validate: bool
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
-        optim=training.optimizer,
+        # The same arithmetic, in one call for all tensors.
+        optim="adamw_torch_fused" if training.optimizer == "adamw_torch" else training.optimizer,
         logging_steps=training.logging_steps,
         logging_first_step=True,
         # A diverging run must show its NaN, not the average of the losses before.

@@ -1,9 +1,10 @@
-"""What a run will cost, from trying half of one of its batches before its first step; whether it fits."""
+"""What a run will cost, from trying half a batch of its rows before its first step; whether it fits."""
 
 from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,13 @@ class Cost:
         return (
             f"The whole run: {self.steps} steps, {self.tokens:,} tokens, about {time} and "
             f"{self.memory / 1e9:.1f} GB of memory a worker{recompute} "
-            "(tried with half of one of its batches)"
+            "(tried with half a batch of its rows)"
         )
 
 
 def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> Cost:
-    """Train on a single row and on half of the middling micro-batch of the first epoch, and forget them.
+    """Train on a single row and on half as many as a micro-batch has, short and long ones as often as the
+    data has them, and forget them.
 
     Neither weights nor random numbers change. Time and memory are taken to grow by straight lines with the
     tokens. When the largest micro-batch would not fit into the memory that is free, gradient checkpointing is
@@ -77,21 +79,22 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> C
         )
     works = [trainer.batch_work(rows) for rows in batches]
     by_work = sorted(range(len(batches)), key=works.__getitem__)
-    middle, most = batches[by_work[len(by_work) // 2]], works[by_work[-1]]
+    largest, most = batches[by_work[-1]], works[by_work[-1]]
+    rows = _spread(trainer.train_dataset.lengths, [row for batch in batches for row in batch], len(largest))
     free = available_memory() * _USABLE
     asked = spec.training.gradient_checkpointing
     on = asked and trainer.recompute_activations()
     with torch.random.fork_rng(devices=[]):
         if trainer.fusion is None:  # or trying that has loaded the kernels
-            trainer.try_batch(middle[:1])
-        trial = _Trial(trainer, middle, most, free)
+            trainer.try_batch(rows[:1])
+        trial = _Trial(trainer, rows, most, free)
         if not trial.fits and workers == 1 and not on and (on := trainer.recompute_activations()):
-            trial = _Trial(trainer, middle, most, free)
+            trial = _Trial(trainer, rows, most, free)
     if not trial.fits and not resumed:
         even = ", even with gradient checkpointing" if on else ""
         raise ResourceError(
             f"this run needs about {trial.needed / 1e9:.1f} GB more memory for its largest batch of "
-            f"{len(middle)} rows{even}; {max(0.0, free) / 1e9:.1f} GB are free. "
+            f"{len(largest)} rows{even}; {max(0.0, free) / 1e9:.1f} GB are free. "
             "Ask for a smaller batch_size (with more gradient_accumulation_steps) or max_length"
             + ("" if on else ", or for General.enable_gradient_checkpointing"),
             param="Training.batch_size",
@@ -117,8 +120,20 @@ def predict(trainer: TuningTrainer, spec: TrainSpec, resumed: bool = False) -> C
     )
 
 
+def _spread(lengths: Sequence[int], rows: Sequence[int], batch: int) -> list[int]:
+    """Half as many of ``rows`` as a ``batch`` has (four, if it has them), at equal steps through their
+    lengths: their mean costs what the mean row does, also where cost does not grow in proportion to length.
+    The first one is middling.
+    """
+    ordered = sorted(rows, key=lengths.__getitem__)
+    count = min(len(ordered), max(-(-batch // 2), min(batch, 4)))
+    chosen = [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
+    middle = chosen.pop(len(chosen) // 2)
+    return [middle, *chosen]
+
+
 class _Trial:
-    """What one row and half of the micro-batch ``rows`` say of one that computes on ``most`` tokens.
+    """What one of ``rows`` and all of them say of a micro-batch that computes on ``most`` tokens.
 
     ``time`` is the line of seconds over tokens, ``needed`` the bytes that the process would grow by from
     ``before``, ``fits`` whether the bytes ``free`` are enough for that.
@@ -126,7 +141,7 @@ class _Trial:
 
     def __init__(self, trainer: TuningTrainer, rows: list[int], most: int, free: float) -> None:
         self.time, growth = Line(), Line()
-        parts = (rows[:1], rows[::2]) if len(rows) > 2 else (rows,)
+        parts = (rows[:1], rows) if len(rows) > 1 else (rows,)
         for part in parts:
             work = trainer.batch_work(part)
             if growth.count and (self.time.at(work) > _PATIENCE or growth.at(most) > 2 * free):

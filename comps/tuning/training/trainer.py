@@ -98,6 +98,7 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
             self._inputs, loss = labelled_only, mean_loss
         super().__init__(compute_loss_func=loss, **kwargs)
         self._controller, self._statistics = controller, statistics
+        self._flops_per_token: int | None = None
         rows = args.per_device_train_batch_size * args.world_size
         order = LengthGroupedSampler(
             self.train_dataset.lengths, rows * args.gradient_accumulation_steps, args.seed, shuffle
@@ -163,6 +164,12 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, which goes through all modules to count their weights at each step."""
+        if self._flops_per_token is None:
+            self._flops_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
+        return self._flops_per_token * inputs["input_ids"].numel()
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, which it leaves the rest to."""
