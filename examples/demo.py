@@ -115,6 +115,8 @@ def exact_match(model: Path | str, adapter: Path | str | None = None) -> dict[st
 
 
 def main() -> None:
+    # Whoever ends the demo ends its service with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     with service() as client:
         say(f"The service answers at {client.base_url}; Ray starts beside it")

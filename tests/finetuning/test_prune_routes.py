@@ -131,6 +131,7 @@ def test_a_name_belongs_to_who_asks_first(server: ServiceProcess, calibration: s
     _, made = ask(server, name="mine/sparse")
     code, body = ask(server, name="mine/sparse")
     assert (code, body["error"]["param"]) == (409, "name")
+    assert made["id"] in body["error"]["message"]
     save_tiny_model(server.models_dir / "elsewhere")
     register = {"id": "mine/sparse", "path": "elsewhere"}
     assert server.http.post("/v1/models", json=register).status_code == 409

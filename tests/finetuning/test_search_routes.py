@@ -196,8 +196,8 @@ def test_the_same_request_with_the_same_key_is_one_search(begin: Any) -> None:
     assert refusal(begin(headers, num_evals=10), 422, "Idempotency-Key")
 
 
-def test_what_a_search_found_is_extracted_by_name(
-    server: ServiceProcess, begin: Any, source: str, database: Database
+def test_what_a_search_found_is_extracted_and_evaluated_by_name(
+    server: ServiceProcess, begin: Any, source: str, file_id: str, database: Database
 ) -> None:
     def extract(**body: Any) -> httpx.Response:
         return server.http.post(EXTRACT, json={"fine_tuning_job_id": source, "wait": False} | body)
@@ -216,6 +216,14 @@ def test_what_a_search_found_is_extracted_by_name(
     start_and_finish(database, first["id"], result_of(first))
     done = server.http.get(f"{SEARCH}/{first['id']}").json()
     assert (done["status"], done["best"], done["metric"]) == ("succeeded", BEST, "acc")
+
+    # It need not be extracted to be evaluated.
+    asked = {"fine_tuning_job_id": source, "adapter_version": "pareto-1", "file": file_id}
+    evaluation = server.http.post("/v1/evaluations", json=asked).json()
+    with database.reading() as session:
+        row = session.scalars(select(JobRow).where(JobRow.id == evaluation["id"])).one()
+    assert (row.version, row.spec["config"]) == ("pareto-1", FRONT[1]["config"])
+    server.http.post(f"/v1/evaluations/{evaluation['id']}/cancel")
 
     best = spec_of(extract(adapter_version="best"))
     assert (list(best.config or ()), best.search, best.version) == (BEST["config"], first["id"], "best")

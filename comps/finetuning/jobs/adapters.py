@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import select
@@ -30,6 +30,7 @@ from comps.finetuning.schemas.adapters import (
     MergeRequest,
     SourceRequest,
 )
+from comps.finetuning.schemas.evaluations import EvaluationRequest
 from comps.finetuning.schemas.tolerant import request_warnings
 from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
@@ -78,7 +79,7 @@ def create_extract(
     Raises :class:`InvalidRequest`, :class:`NotFound`, or :class:`Conflict` when the version exists with
     another configuration, or its source has not succeeded; and :class:`KeyTaken`.
     """
-    version = _version(request)
+    version = asked_version(request)
     if version is None and request.custom_config is not None:
         raise InvalidRequest(
             "adapter_version is missing: a custom_config needs a name of its own.", param="adapter_version"
@@ -86,18 +87,15 @@ def create_extract(
     version = version or (BEST if request.search_id else "heuristic")
     with database.reading() as session:
         source = find_source(session, settings, request, owner)
-        known = _known(session, "extract", source.id, version)
-        searched = None
-        if is_searched(version):
-            searched = found_by_search(session, source.id, version, request.search_id)
-    if not source.elastic:
-        raise InvalidRequest(
-            f"{capital(source)} has no elastic ranks (neural_lora_search was off), so there is nothing to "
-            "extract; its adapter can be merged as it is.",
-            param="fine_tuning_job_id",
-        )
-    made = None if known is None else ExtractSpec.model_validate(known.spec)
-    config = _configuration(source, version, request.custom_config, searched, made)
+        if not source.elastic:
+            raise InvalidRequest(
+                f"{capital(source)} has no elastic ranks (neural_lora_search was off), so there is nothing "
+                "to extract; its adapter can be merged as it is.",
+                param="fine_tuning_job_id",
+            )
+        made = extraction(session, source, version)
+        searched = searched_for(session, source, version, request.search_id)
+    config = configuration(source, version, request.custom_config, searched, made)
     # Whoever asks again for a version need not say again what it is.
     form = made.form if made and "form" not in request.model_fields_set else request.form
     output = source.output / version
@@ -128,11 +126,27 @@ def create_extract(
         return job
 
 
-def _configuration(
+Searched = tuple[str, tuple[int, ...]]  # a search, and the ranks that it has found
+
+
+def extraction(session: Session, source: Source, version: str) -> ExtractSpec | None:
+    """How a version was extracted, or is being."""
+    known = _known(session, "extract", source.id, version)
+    return None if known is None else ExtractSpec.model_validate(known.spec)
+
+
+def searched_for(
+    session: Session, source: Source, version: str, search_id: str | None = None
+) -> Searched | None:
+    """What a version is that is kept for what a search finds. Raises :class:`InvalidRequest`."""
+    return found_by_search(session, source.id, version, search_id) if is_searched(version) else None
+
+
+def configuration(
     source: Source,
     version: str,
     custom: Sequence[int] | None,
-    searched: tuple[str, tuple[int, ...]] | None,
+    searched: Searched | None,
     made: ExtractSpec | None,
 ) -> tuple[int, ...]:
     """The ranks of a version: by its rule, as asked, as a search has found them, or as they were before.
@@ -173,7 +187,7 @@ def create_merge(
     repeat: Repeat | None = None,
 ) -> JobRow:
     """As :func:`create_extract`, for a merge. The version must have been extracted before."""
-    version = _version(request)
+    version = asked_version(request)
     with database.reading() as session:
         source = find_source(session, settings, request, owner)
         extracting = _known(session, "extract", source.id, version) if version else None
@@ -241,7 +255,8 @@ def quantisation_aware(adapter: Path) -> bool:
         return False
 
 
-def _version(request: AdapterRequest) -> str | None:
+def asked_version(request: AdapterRequest | EvaluationRequest) -> str | None:
+    """By either of its names. Raises :class:`InvalidRequest` when they differ."""
     first, second = request.adapter_version, request.sub_adapter_version
     if first and second and first != second:
         raise InvalidRequest(
@@ -257,18 +272,23 @@ def find_source(session: Session, settings: Settings, request: SourceRequest, ow
     Raises :class:`InvalidRequest`, :class:`NotFound`, or :class:`Conflict` when its job has not succeeded.
     """
     source = _named(session, settings, request, owner)
+    check_there(source, "fine_tuning_job_id" if request.fine_tuning_job_id else "model")
+    return source
+
+
+def check_there(source: Source, param: str) -> None:
+    """Raises :class:`NotFound` when the adapter's files were deleted."""
     if not (source.directory / "adapter_config.json").is_file():
         raise NotFound(
             f"The adapter of {source} is no longer there; its files were deleted.",
-            param="fine_tuning_job_id" if request.fine_tuning_job_id else "model",
+            param=param,
             code="adapter_not_found",
         )
-    return source
 
 
 def _named(session: Session, settings: Settings, request: SourceRequest, owner: Owner) -> Source:
     if request.fine_tuning_job_id:
-        return _of_job(settings, find_job(session, request.fine_tuning_job_id, owner))
+        return source_of_job(settings, find_job(session, request.fine_tuning_job_id, owner))
     if not request.model:
         raise InvalidRequest(
             "fine_tuning_job_id is missing (or model, for a registered super-adapter).",
@@ -277,10 +297,8 @@ def _named(session: Session, settings: Settings, request: SourceRequest, owner: 
     row = find_model(session, request.model, owner, "super_adapter", "adapter")
     if row is None:
         raise NotFound(f"There is no adapter {request.model[:80]!r}.", param="model", code="model_not_found")
-    if row.job_id is None:
-        return _of_model(session, settings, row, owner)
-    source = _of_job(settings, find_job(session, row.job_id, owner))
-    if Path(row.path) != source.directory:
+    source = source_of(session, settings, row, owner)
+    if row.job_id and source.directory != source.output:
         raise InvalidRequest(
             f"{row.id!r} is a version that was extracted from the job {row.job_id}; give that "
             "fine_tuning_job_id, and the version as adapter_version.",
@@ -289,7 +307,23 @@ def _named(session: Session, settings: Settings, request: SourceRequest, owner: 
     return source
 
 
-def _of_job(settings: Settings, job: JobRow) -> Source:
+def source_of(session: Session, settings: Settings, row: ModelRow, owner: Owner) -> Source:
+    """The adapter that a model is. A version that was extracted is not elastic any more.
+
+    Raises as :func:`find_source`.
+    """
+    if row.job_id is None:
+        base_model = find_base_model(session, settings, row.base_model or "", owner)
+        output = versions_directory(settings, row.id)
+        elastic = row.kind == "super_adapter"
+        return Source(row.id, row.owner, Path(row.path), output, base_model, elastic)
+    source = source_of_job(settings, find_job(session, row.job_id, owner))
+    directory = Path(row.path)
+    return source if directory == source.directory else replace(source, directory=directory, elastic=False)
+
+
+def source_of_job(settings: Settings, job: JobRow) -> Source:
+    """Raises :class:`Conflict` for a job that has not succeeded."""
     if job.status != "succeeded":
         raise Conflict(
             f"The job {job.id} is {job.status}; only a job that succeeded has an adapter.",
@@ -299,12 +333,6 @@ def _of_job(settings: Settings, job: JobRow) -> Source:
     spec = TrainSpec.model_validate(job.spec)
     output = settings.jobs_dir / job.id / OUTPUT
     return Source(job.id, job.owner, output, output, spec.base_model, elastic=bool(spec.lora.groups))
-
-
-def _of_model(session: Session, settings: Settings, row: ModelRow, owner: Owner) -> Source:
-    base_model = find_base_model(session, settings, row.base_model or "", owner)
-    output = versions_directory(settings, row.id)
-    return Source(row.id, row.owner, Path(row.path), output, base_model, elastic=row.kind == "super_adapter")
 
 
 def _known(session: Session, kind: str, source: str, version: str | None) -> JobRow | None:

@@ -164,7 +164,7 @@ def write_row(
         if file:
             find_data_file(session, file.id, owner, "calibration_file")
         if request.name:
-            check_free(session, settings, request.name, "name")
+            check_free(session, settings, request.name, "name", owner)
         check_queue(session, settings)
         session.add(job)
         session.flush()

@@ -129,11 +129,11 @@ def _files(spec: TrainSpec | PruneSpec | QuantizeSpec | EvaluateSpec | SearchSpe
             yield _File(
                 spec.validation_file, spec.validation_name, param, f"invalid_{param}", QUESTIONS, limits
             )
-    elif path := spec.file or local_file(spec.task or "", spec.tasks_dir):
+    elif questions := spec.file or local_file(spec.task or "", spec.tasks_dir):
         metrics = spec.metrics or (metrics_of(spec.task) if spec.task else ())
         limits = {"limit": spec.max_record_bytes, **_asked(spec.texts, metrics)}
-        name, param = (f"{spec.task}/{path.name}", "task") if spec.task else (spec.file_name, "file")
-        yield _File(path, name, param, _EVALUATION, QUESTIONS, limits)
+        name, param = (f"{spec.task}/{questions.name}", "task") if spec.task else (spec.file_name, "file")
+        yield _File(questions, name, param, _EVALUATION, QUESTIONS, limits)
 
 
 def _asked(texts: bool, metrics: Iterable[str | None]) -> dict[str, bool]:

@@ -99,7 +99,7 @@ def _register(
     )
     with database.session() as session:
         claim(session, repeat)
-        check_not_taken(session, body.id, "id")
+        check_not_taken(session, body.id, "id", owner)
         session.add(row)
         session.flush()
         answer = ModelObject.of(row, request_warnings(body))

@@ -27,7 +27,9 @@ class EvaluationRequest(Tolerant):
     )
     fine_tuning_job_id: str | None = Field(None, max_length=200)
     adapter_version: Version | None = Field(
-        None, description="Of a super-adapter: `heuristic`, `minimal`, `maximal`, or one that was extracted"
+        None,
+        description="Of a super-adapter: `heuristic`, `minimal`, `maximal`, `learned`, what a search has "
+        "found, or one that was extracted",
     )
     sub_adapter_version: Version | None = Field(None, description="Another name of `adapter_version`")
     # Without fail_fast a long list of nonsense is a hundred thousand errors.

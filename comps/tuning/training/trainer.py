@@ -168,8 +168,8 @@ class TuningTrainer(Trainer):  # type: ignore[misc]
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As the Trainer's, which goes through all modules to count their weights at each step."""
         if self._flops_per_token is None:
-            self._flops_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
-        return self._flops_per_token * inputs["input_ids"].numel()
+            self._flops_per_token = 6 * int(self.model.num_parameters(exclude_embeddings=True))
+        return self._flops_per_token * int(inputs["input_ids"].numel())
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, which it leaves the rest to."""
