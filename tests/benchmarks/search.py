@@ -59,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--items", type=int, default=300)
+    parser.add_argument("--all-items", type=int, help="held-out ones for the finalists; absent: all")
     parser.add_argument("--test-items", type=int, help="the first ones of the test split; absent: all")
     parser.add_argument("--correlate", type=int, default=100, help="random configurations; 0: none")
     parser.add_argument("--threads", type=int, default=2)
@@ -119,7 +120,7 @@ def searched(
             job_id=directory.name, directory=directory, super_adapter=super_adapter,
             base_model=base_model(options), data=DataSpec(train_file=validation), validation_file=validation,
             texts=True, algorithm=algorithm, num_evals=evals, seed=seed, metric=options.metric,
-            items=options.items, all_items=options.held_out,
+            items=options.items, all_items=options.all_items or options.held_out,
             known=tuple(sorted(directory.parent.glob("*/evaluations.jsonl"))),
             resources=ResourcesSpec(cpus=options.threads),
         )  # fmt: skip
