@@ -14,7 +14,9 @@ Checked:  nncf 3.4.0.
 Goes:     when NNCF itself offers masks.
 
 NNCF is no part of the core: ``pip install 'finetuning-service[int4]'``. The service's own jobs do not need
-it (:mod:`comps.tuning.quantised.aware` computes the same, faster); this is for those who train with NNCF.
+it (:mod:`comps.tuning.quantised.aware`: the same rounding, with scales that stay what they were fitted to,
+where NNCF trains its scales, too); this is for those who train with NNCF. Its ``nncf.strip``, in the end,
+also needs torchao.
 """
 
 from __future__ import annotations
@@ -118,6 +120,7 @@ def mask_quantisers(model: nn.Module) -> dict[str, nn.Module]:
         for name, hook in hooks:
             if type(hook) in _CLASSES:
                 hook.__class__ = _CLASSES[type(hook)]
+            if type(hook) in _CLASSES.values():  # now, or by an earlier call
                 found[decode_hook_name(name)[1].replace(":", ".")] = hook
     except (AttributeError, TypeError, ValueError) as error:
         raise PatchError(f"nncf {nncf.__version__} is another than 3.4.0 inside: {error}") from error

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,9 +47,12 @@ class Bench:
         """The result of a run of ``kind`` in the directory ``name``, if need be of one that was there."""
         directory = self.work / name
         directory.mkdir(parents=True, exist_ok=True)
-        done = directory / "result.json"
-        if not (done.is_file() and json.loads(done.read_text())["outcome"] == "succeeded"):
-            spec = {"kind": kind, "job_id": name, "directory": str(directory), **fields}
+        done, begun = directory / "result.json", directory / "spec.json"
+        spec = {"kind": kind, "job_id": name, "directory": str(directory), **fields}
+        same = begun.is_file() and json.loads(begun.read_text()) == json.loads(json.dumps(spec))
+        if not (same and done.is_file() and json.loads(done.read_text())["outcome"] == "succeeded"):
+            shutil.rmtree(directory)  # of another run, or a part of one
+            directory.mkdir()
             (directory / "spec.json").write_text(json.dumps(spec, indent=1))
             began = time.perf_counter()
             log = open(directory / "log", "w")  # noqa: SIM115

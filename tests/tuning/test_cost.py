@@ -9,6 +9,7 @@ import torch.distributed as dist
 from fixtures_models import save_tiny_model
 from fixtures_training import Run, assert_same_weights, run, train_spec, write_records
 
+from comps.tuning import memory
 from comps.tuning.errors import ResourceError
 from comps.tuning.spec import ResourcesSpec
 from comps.tuning.training import cost
@@ -173,7 +174,7 @@ def test_available_memory_leaves_out_what_is_taken_but_not_cached_files(
         "stat": "anon 100\nactive_file 700\ninactive_file 800",
     }.items():
         (tmp_path / f"memory.{name}").write_text(f"{content}\n")
-    monkeypatch.setattr(cost, "_GROUPS_AT", tmp_path)
-    assert cost.available_memory() == 3000 - (2900 - 1500)
+    monkeypatch.setattr(memory, "_GROUPS_AT", tmp_path)
+    assert memory.available_memory() == 3000 - (2900 - 1500)
     (tmp_path / "memory.max").write_text("max\n")
-    assert cost.available_memory() > 10**8
+    assert memory.available_memory() > 10**8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from comps.tuning import rundir
 from comps.tuning.data.calibration import calibration_rows
-from comps.tuning.errors import DataError, ModelError
+from comps.tuning.errors import DataError, ModelError, ResourceError
 from comps.tuning.sparse.prune import MANIFEST, prune
 from comps.tuning.sparse.report import sparsity_of_directory
 from comps.tuning.sparse.scores import kept_by_pattern, kept_by_ratio
@@ -160,6 +161,36 @@ def test_the_files_are_the_base_models_but_for_the_zeros(tmp_path: Path, data: P
     assert manifest["calibration"] | {"tokens": 0} == {
         "file": "calibration.json", "samples": 8, "tokens": 0, "max_length": 64, "seed": 42,
     }  # fmt: skip
+
+
+def test_weights_of_several_types_are_pruned_as_they_are_stored(tmp_path: Path, data: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    weights = {name: weight.bfloat16() for name, weight in load_file(base / "model.safetensors").items()}
+    odd = "model.layers.0.self_attn.o_proj.weight"
+    weights[odd] = torch.randn(weights[odd].shape, generator=torch.Generator().manual_seed(3))
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    asked = spec(tmp_path, data)
+    assert prune(asked) is not None
+    after = load_file(asked.output / "model.safetensors")[odd]
+    kept = after != 0
+    assert kept.float().mean() == 0.5
+    assert torch.equal(after[kept], weights[odd][kept])
+
+    weights[odd][0, 0] = torch.inf
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.o_proj has weights that are not finite"):
+        prune(spec(tmp_path, method="magnitude"))
+
+
+def test_more_calibration_than_there_is_memory_for_is_refused(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(tmp_path / "base")
+    monkeypatch.setattr("comps.tuning.sparse.layers.available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match="fewer calibration_samples") as caught:
+        prune(spec(tmp_path, data))
+    assert caught.value.param == "calibration_samples"
 
 
 def digests(directory: Path) -> dict[str, str]:

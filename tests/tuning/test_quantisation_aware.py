@@ -162,8 +162,28 @@ def test_a_job_ends_in_one_int4_model_as_sparse_as_its_base(grid, tmp_path, data
         model = load_base_model(ModelSpec(name="int4", path=str(version / "merged_model")))
         assert torch.allclose(logits(model), logits(trained), atol=1e-5)
         assert 0.49 < masked_zeros(base, version / "merged_model") <= result["sparsity"]["after"]
+        assert len(result["sparsity"]["layers"]) == 14
+        assert (version / "README.md").read_text().startswith("# A quantisation-aware adapter")
         manifest = json.loads((version / "merged_model" / MANIFEST).read_text())
         assert sorted(facts["bits"] for facts in manifest["modules"].values()) == [4] * 14 + [8] * 2
+
+
+def test_autocast_leaves_the_rounding_as_it_is():
+    weight = sparse_weight()
+    rounding = GridRounding(GRIDS[0].fit(weight))
+    down, up = adapter(256, 96)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    merged = rounding.merged(down, up, weight, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rounding.product(x, down, up, weight, None, 0.5)
+    assert torch.equal(found, x.bfloat16() @ merged.bfloat16().T)
+    found.sum().backward()
+    for each in (x, down, up):
+        assert each.grad is not None
+        assert each.grad.dtype == torch.float32
+    exact = torch.autograd.grad(rounding.product(x, down, up, weight, None, 0.5).sum(), (x, down, up))
+    for each, full in zip((x, down, up), exact, strict=True):
+        assert float((each.grad - full).norm() / full.norm()) < 0.01
 
 
 def trained_model(done: Run, base: Path, adapter: LoraSpec) -> tuple[PeftModel, ElasticController]:

@@ -12,7 +12,7 @@ from fixtures_elastic import logits, tokens
 from fixtures_models import save_tiny_model
 from fixtures_quantised import sparse_weight, sparsify, spec
 from fixtures_training import write_records
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from comps.tuning.errors import ModelError, TuningError
 from comps.tuning.models.load import load_base_model, load_tokenizer
@@ -191,15 +191,33 @@ def test_the_openvino_model_computes_what_torch_computes(mode, tmp_path):
     model = load_base_model(ModelSpec(name="int4", path=str(tmp_path / "int4")))
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     compiled = ov.Core().compile_model(xml, "CPU", exact)
-    for rows, length in ((2, 12), (3, 31)):
+    for rows, length, padding in ((2, 12, slice(8, None)), (3, 31, slice(27, None)), (2, 12, slice(0, 5))):
         ids = tokens(rows, length)
         mask = torch.ones_like(ids)
-        mask[0, length - 4 :] = 0
+        mask[0, padding] = 0
         with torch.no_grad():
             expected = model(input_ids=ids, attention_mask=mask).logits
         inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
         logits_there = torch.from_numpy(compiled(inputs)[0])
         assert torch.allclose(logits_there[mask == 1], expected[mask == 1], atol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+def test_weights_that_are_not_finite_are_a_sentence(method, tmp_path):
+    base, data = save_tiny_model(tmp_path / "base"), write_records(tmp_path / "data.json")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.self_attn.o_proj.weight"][0, 0] = torch.nan
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    grid = GridSpec(group_size=32)
+    with pytest.raises(ModelError, match="not finite"):
+        quantize(spec(tmp_path, grid=grid, method=method, calibration=CalibrationSpec(file=data)))
+    assert not (tmp_path / "int4").exists()
+
+
+def test_small_weights_stay_on_the_grid():
+    weight = sparse_weight() * 1e-3
+    found = Grid(4, False, 64).fit(weight).nearest(weight)
+    assert float((found - weight).norm() / weight.norm()) < 0.1
 
 
 def test_without_openvino_the_sentence_says_how_to_get_it(tmp_path, monkeypatch):

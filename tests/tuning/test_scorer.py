@@ -9,6 +9,7 @@ import pytest
 import torch
 from fixtures_elastic import lora, super_adapter
 from fixtures_models import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -229,13 +230,19 @@ def test_several_scorers_of_one_model_do_not_disturb_each_other() -> None:
             assert_same(each.results[0][0], expected)
 
 
-def test_a_sparse_super_adapter_is_scored_through_its_own_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1.0, 1e-2])
+def test_a_sparse_super_adapter_is_scored_through_its_own_layers(tmp_path: Path, size: float) -> None:
     base = tiny_model()
     with torch.no_grad():
         for weight in base.model.layers.parameters():
             weight[weight.abs() < 0.01] = 0
     zeroed = {name: weight.clone() for name, weight in base.state_dict().items()}
     _, space, _ = super_adapter(base, lora(sparse=True), tmp_path)
+    # So little that a mask left out would pass for rounding.
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    for name, weight in weights.items():
+        weight.mul_(size if ".lora_B" in name else 1)
+    save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     fresh = tiny_model()
     fresh.load_state_dict(zeroed)
     model = load_adapter(fresh, tmp_path)

@@ -20,6 +20,7 @@ from comps.tuning.errors import DataError, ModelError, RecordTooLarge, TooManyRe
 from comps.tuning.evaluation.scores import CHOICE_METRICS
 from comps.tuning.evaluation.tasks import check_on_hub as check_task_on_hub
 from comps.tuning.evaluation.tasks import local_file, metrics_of
+from comps.tuning.models.weights import WeightsError
 from comps.tuning.sparse.report import LEAST, is_dense, sparsity_of_directory
 from comps.tuning.spec import (
     EvaluateSpec,
@@ -66,8 +67,11 @@ def validate(job: JobRow, secrets: Secrets) -> Verdict:
             return Verdict((message, file.code, file.param))
         except FileNotFoundError:
             return Verdict((f"The file {file.name} was deleted before the job began.", file.code, file.param))
-    if isinstance(spec, TrainSpec) and (reason := _dense(spec)):
-        return Verdict((reason, ModelError.code, "General.lora_config.sparse_adapter"))
+    try:
+        if isinstance(spec, TrainSpec) and (reason := _dense(spec)):
+            return Verdict((reason, ModelError.code, "General.lora_config.sparse_adapter"))
+    except WeightsError as error:
+        return Verdict((f"The model {spec.base_model.name!r} {error}.", ModelError.code, "model"))
     if isinstance(spec, EvaluateSpec) and spec.task and not local_file(spec.task, spec.tasks_dir):
         try:
             check_task_on_hub(spec.task, spec.tasks_dir)

@@ -144,6 +144,9 @@ class Engine:
             layers = list(decoder_layers(self._model))
         if not layers or any(parts is None for _, parts in layers):
             return False
+        adapters = [linear.adapter for _, parts in layers if parts for linear in parts.linears]
+        if any(adapter is not None and adapter.sparse for adapter in adapters):
+            return False  # their products have a mask, which these layers know nothing of
         for number, (layer, parts) in enumerate(layers):
             assert parts is not None
             self._layers.append(TreeDecoder(parts, number))

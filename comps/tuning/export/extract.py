@@ -20,7 +20,7 @@ from comps.tuning import rundir
 from comps.tuning.elastic.read_space import load_space
 from comps.tuning.elastic.space import SearchSpace
 from comps.tuning.export.adapter import CONFIG, WEIGHTS, Adapter, LoraModule, read_adapter, read_json
-from comps.tuning.export.files import README, SPARSE_NOTE, TOKENIZER, copy_files
+from comps.tuning.export.files import GRID_NOTE, README, SPARSE_NOTE, TOKENIZER, copy_files
 from comps.tuning.search import learned
 from comps.tuning.spec import ExtractSpec
 
@@ -62,8 +62,9 @@ def extract(spec: ExtractSpec) -> dict[str, Any]:
         rundir.write_json(directory / CONFIG, config | {"init_lora_weights": True, "inference_mode": True})
         rundir.write_json(directory / REPORT, report)
         copy_files(spec.super_adapter, directory, TOKENIZER)
-        if adapter.sparse:
-            (directory / README).write_text(SPARSE_NOTE, encoding="utf-8")
+        if adapter.sparse or adapter.config.get("grid"):
+            note = GRID_NOTE if adapter.config.get("grid") else SPARSE_NOTE
+            (directory / README).write_text(note, encoding="utf-8")
     return _answer(spec.output, report)
 
 

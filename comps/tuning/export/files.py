@@ -33,6 +33,15 @@ the base model's weight is not zero. It looks like an ordinary LoRA adapter, but
 such mask: they compute something else with it, and a merge by them fills the base model's zeros. The merged
 model is an ordinary one, as sparse as the base model; `POST /v1/finetune/merge_adapter` makes it.
 """
+# The same beside a quantisation-aware one.
+GRID_NOTE = """\
+# A quantisation-aware adapter: merge it with the service that trained it
+
+This adapter was trained with `quantization_aware`: the base model's weights with the product of its matrices
+are rounded to a grid of sixteen values, and where a weight is zero the product does not count. It looks like
+an ordinary LoRA adapter, but PEFT and other tools know nothing of that: they compute something else with it.
+`POST /v1/finetune/merge_adapter` makes one INT4 model of base and adapter.
+"""
 
 
 def has_tokenizer(directory: Path) -> bool:

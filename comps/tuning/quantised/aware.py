@@ -89,21 +89,25 @@ class _Product(torch.autograd.Function):
         steps: Steps,
         scale: float,
     ) -> Tensor:
-        codes = _codes(down, up, weight, steps, scale)
-        ctx.save_for_backward(x, down, up, weight, codes)
+        device = x.device.type
+        lower = torch.is_autocast_enabled(device)
+        ctx.kind = torch.get_autocast_dtype(device) if lower else x.dtype
         ctx.steps, ctx.scale = steps, scale
-        rounded = steps.values(clipped(steps, codes)).to(x.dtype)
-        return nn.functional.linear(x, rounded, None if bias is None else bias.to(x.dtype))
+        with torch.autocast(device, enabled=False):  # the rounding is in float32, or it is another one
+            codes = _codes(down, up, weight, steps, scale)
+            ctx.save_for_backward(x, down, up, weight, codes)
+            rounded = steps.values(clipped(steps, codes)).to(ctx.kind)
+            return nn.functional.linear(x.to(ctx.kind), rounded, None if bias is None else bias.to(ctx.kind))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, up, weight, codes = ctx.saved_tensors
         steps: Steps = ctx.steps
-        dx = None
+        grad, dx = grad.to(ctx.kind), None
         if ctx.needs_input_grad[0]:
-            dx = grad @ steps.values(clipped(steps, codes)).to(grad.dtype)
-        product = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(down.dtype)
+            dx = (grad @ steps.values(clipped(steps, codes)).to(ctx.kind)).to(x.dtype)
+        product = (grad.flatten(0, -2).t() @ x.to(ctx.kind).flatten(0, -2)).to(down.dtype)
         masked_(product, weight.to(product.dtype)).mul_(clipped(steps, codes) == codes)
         return dx, ctx.scale * (up.t() @ product), ctx.scale * (product @ down.t()), None, None, None, None
 

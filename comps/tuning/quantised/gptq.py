@@ -59,10 +59,12 @@ def quantize_layers(
         for name, linear in linears.items():
             gram = grams.get(name)
             if gram is None or not gram.isfinite().all():
-                what = "is never used" if gram is None else "gets inputs that are not finite"
-                raise ModelError(
-                    f"on the calibration data, {name} of the base model {what}; use the method nearest"
+                what = (
+                    "is never used; use the method nearest"
+                    if gram is None
+                    else "gets inputs that are not finite"
                 )
+                raise ModelError(f"on the calibration data, {name} of the base model {what}")
             transposed = isinstance(linear, Conv1D)
             weight = linear.weight.data.T if transposed else linear.weight.data
             steps, integers = quantize_weight(weight.float(), gram, grid)

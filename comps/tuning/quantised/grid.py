@@ -4,8 +4,9 @@ A weight ``[out, in]`` is cut into groups of ``group_size`` consecutive inputs. 
 ``q`` and, back, ``(q - z) * scale`` (asymmetric: q from 0 to 2^bits - 1, z is the group's zero point) or
 ``q * scale`` (symmetric: q from -2^(bits-1) to 2^(bits-1) - 1; the scale is negative where the largest
 value of the group is positive, so that it is met exactly). Either way 0.0 is on the grid: what a sparse
-model has pruned stays pruned. The formulas are those of NNCF's weight compression; the one difference is
-that a scale is rounded to float16, as it is stored, *before* the integers are found with it and not after.
+model has pruned stays pruned. The formulas are those of NNCF's weight compression; the difference is
+that a scale is rounded to float16, as it is stored, *before* the integers are found with it and not after,
+and is at least :data:`_LEAST`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The least scale that float16 holds at full precision.
-_LEAST = 2.0**-14
+# The least scale: below it float16 has fewer than five bits left.
+_LEAST = 2.0**-20
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ class _Logits(nn.Module):
 
 def _convert(ov: Any, model: PreTrainedModel) -> openvino.Model:
     _use_linears(model)
+    # There PyTorch's fused attention makes NaN of a token that may see nothing, as in padding on the left.
+    model.set_attn_implementation("eager")
     ids = torch.ones(2, 8, dtype=torch.long)
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def write_model(
     tensors_of: Callable[[str], Iterable[tuple[str, Tensor]]],
 ) -> dict[str, Any]:
     """Write the quantised model into ``directory``; returns the facts ``{"mode", "group_size",
-    "modules", "bytes", "sparsity": {"before", "after"}}``.
+    "modules", "bytes", "sparsity": {"before", "after", "layers"}}``.
 
     ``tensors_of`` gives the tensors of one of the base model's files, ``plan`` says which of them go on which
     grid, ``choose`` puts them there.
@@ -62,6 +62,8 @@ def write_model(
                 tensors[name] = tensor
                 continue
             weight = (tensor.T if target.transposed else tensor).float()
+            if not weight.isfinite().all():
+                raise ModelError(f"the base model {base.name} has weights that are not finite, in {name}")
             steps, integers = choose(name, target, weight)
             module = name.removesuffix(".weight")
             tensors |= encode(module, steps, integers)
@@ -102,12 +104,17 @@ def stored_tensors(base: BaseFiles) -> Callable[[str], Iterator[tuple[str, Tenso
     return tensors
 
 
-def sparsity(modules: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """``{"before", "after"}``: of the weights of 4 bits, which fraction was 0 and which fraction is."""
-    counted = [facts for facts in modules.values() if facts["bits"] == 4]
-    total = sum(facts["weights"] for facts in counted)
-    before, after = (sum(facts[key] for facts in counted) / total for key in ("zeros_before", "zeros"))
-    return {"before": before, "after": after}
+def sparsity(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """``{"before", "after", "layers": {module: {"before", "after"}}}``: of the weights of 4 bits, which
+    fraction was 0 and which fraction is."""
+    counted = {name: facts for name, facts in modules.items() if facts["bits"] == 4}
+
+    def of(found: Collection[dict[str, Any]]) -> dict[str, float]:
+        total = sum(facts["weights"] for facts in found)
+        before, after = (sum(facts[key] for facts in found) / total for key in ("zeros_before", "zeros"))
+        return {"before": before, "after": after}
+
+    return of(counted.values()) | {"layers": {name: of([facts]) for name, facts in counted.items()}}
 
 
 def _write_rest(
@@ -118,7 +125,9 @@ def _write_rest(
     modules: dict[str, dict[str, Any]],
     shard_of: dict[str, str],
 ) -> None:
-    about = {"quant_method": METHOD} | grid.model_dump()
+    # A quantised base model keeps its embeddings as they are, whatever is asked for.
+    bytes_too = any(facts["bits"] == 8 for facts in modules.values())
+    about = {"quant_method": METHOD} | grid.model_dump() | {"embeddings": "int8" if bytes_too else "as_is"}
     rundir.write_json(directory / CONFIG, base.config | {"quantization_config": about})
     rundir.write_json(directory / MANIFEST, about | {"base_model": model.name, "modules": modules})
     if base.index is not None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from comps.tuning.errors import ModelError
+from comps.tuning.errors import ModelError, ResourceError
+from comps.tuning.memory import available_memory
 
 Linear: TypeAlias = nn.Linear | Conv1D
 Rest = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is given after its hidden states
@@ -68,8 +69,18 @@ class DecoderLayers:
         """The hidden states [1, tokens, hidden] that enter the first layer, in float32, one for each row.
 
         Also notes what else the layers are given. Raises :class:`ModelError` for a model that does more
-        between its layers than hand on the hidden states.
+        between its layers than hand on the hidden states, and :class:`ResourceError` when there is no room
+        for those of so many rows.
         """
+        width = self.model.config.get_text_config().hidden_size
+        needed, free = 4 * width * sum(map(len, rows)), available_memory()
+        if needed > free:
+            raise ResourceError(
+                f"what the layers make of {len(rows)} calibration rows takes {needed / 1e9:.1f} GB of "
+                f"memory, and {free / 1e9:.1f} GB are free; ask for fewer calibration_samples or a smaller "
+                "max_length",
+                param="calibration_samples",
+            )
         for parameter in self._outside():
             parameter.data = parameter.data.float()
         self._probe(rows[0])

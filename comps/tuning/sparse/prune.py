@@ -6,8 +6,8 @@ Layers go in order: the rows enter a layer as the layers before it, already prun
 of all linear modules of a layer are taken before any of them is pruned. ``magnitude`` is the same with
 ``|W_ij|`` alone, and needs no data. Embeddings, norms, biases and the output head stay as they are.
 
-In memory are the model once, in the type that it is stored in, one of its layers in float32, and the rows'
-hidden states at one layer.
+In memory are the model once, in the type that it is stored in (its embeddings in float32 with wanda), one of
+its layers in float32, and the rows' hidden states at one layer.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ tensor, and names, types, shards and metadata stay.
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -49,14 +48,14 @@ class ZeroedCopy:
             copy_files(source, self._directory, [path.name for path in source.glob("*.py")])
 
     def dtype(self) -> torch.dtype:
-        """The type that the linear weights of the layers are stored in: most of them, if not all."""
-        found = Counter(
+        """The type that the linear weights of the layers are stored in; float32 where they are of several,
+        so that the live model has all of them as the files do."""
+        found = {
             header.dtype
             for header in self._headers.values()
             if len(header.shape) == 2 and is_layer_linear(header.name.removesuffix(".weight"))
-        )
-        most = found.most_common(1)
-        return _STORED.get(most[0][0], torch.float32) if most else torch.float32
+        }
+        return _STORED.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
     def zero(self, module: str, weight: Tensor, keep: Tensor) -> None:
         """Zero the weights of ``module`` where ``keep`` is false, both in the orientation of the file.
@@ -72,6 +71,10 @@ class ZeroedCopy:
                 stored: Tensor = tensors.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"the base model {self._base.name} cannot be read: {error}") from error
+        if not stored.isfinite().all():
+            raise ModelError(
+                f"the base model {self._base.name} cannot be pruned: {module} has weights that are not finite"
+            )
         if stored.shape != weight.shape or not torch.equal(stored.to(weight.dtype), weight.cpu()):
             raise ModelError(
                 f"the base model {self._base.name} cannot be pruned: its file {header.file.name} does not "

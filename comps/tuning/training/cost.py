@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from comps.tuning.errors import ResourceError, TuningError
+from comps.tuning.memory import available_memory
 from comps.tuning.spec import TrainSpec
 from comps.tuning.training.arguments import save_interval, total_steps
 from comps.tuning.training.estimate import Line
@@ -21,17 +22,6 @@ from comps.tuning.training.trainer import TuningTrainer
 # Of the memory that is there: the rest is for what the measurement does not see (fragments, checkpoints).
 _USABLE = 0.9
 _FORWARD_SHARE = 1 / 2  # of a step's time: the base is frozen, so backward is hardly more than forward
-# Control groups, version 2 and 1: directory, files, and what of memory.stat is cache.
-_GROUPS_AT = Path("/sys/fs/cgroup")
-_GROUPS = (
-    ("", "memory.max", "memory.current", ("active_file", "inactive_file")),
-    (
-        "memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        ("total_active_file", "total_inactive_file"),
-    ),
-)
 _PATIENCE = 60.0  # seconds that trying half a batch may take; else a single row must do
 
 
@@ -175,17 +165,3 @@ def _peak() -> int:
         return int(psutil.Process().memory_info().rss)
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
-
-
-def available_memory() -> int:
-    """Bytes that this process could still take: of the machine, and of its control group if that is limited.
-    Cached pages of files count as free: they go when memory is asked for."""
-    found: list[int] = [psutil.virtual_memory().available]
-    for directory, limit, used, cached in _GROUPS:
-        group = _GROUPS_AT / directory
-        with suppress(OSError, ValueError, KeyError):  # no limit, or another version of control groups
-            facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            files = sum(int(facts[name]) for name in cached)
-            taken = int((group / used).read_text()) - files
-            found.append(int((group / limit).read_text()) - taken)
-    return max(0, min(found))

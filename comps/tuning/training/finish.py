@@ -13,7 +13,7 @@ from comps.tuning import rundir
 from comps.tuning.elastic.elastic_config import write_elastic_config
 from comps.tuning.elastic.nncf_config import write_nncf_config
 from comps.tuning.elastic.space import SearchSpace
-from comps.tuning.export.files import README, SPARSE_NOTE
+from comps.tuning.export.files import GRID_NOTE, README, SPARSE_NOTE
 from comps.tuning.search import learned
 from comps.tuning.spec import TrainSpec
 from comps.tuning.training import facts
@@ -37,8 +37,9 @@ def write_output(
     # (Without save_embedding_layers=False PEFT would look that name up on the hub.)
     model.save_pretrained(staged, save_embedding_layers=False)
     (staged / README).unlink(missing_ok=True)  # PEFT's model card consists of placeholders
-    if spec.lora.sparse:
-        (staged / README).write_text(SPARSE_NOTE, encoding="utf-8")
+    if spec.lora.grid or spec.lora.sparse:
+        note = GRID_NOTE if spec.lora.grid else SPARSE_NOTE
+        (staged / README).write_text(note, encoding="utf-8")
     tokenizer.save_pretrained(staged)
     if space is not None:
         write_nncf_config(
