@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from comps.tuning.errors import TuningError
 from comps.tuning.rundir import EVENTS, OUTPUT
 from comps.tuning.spec import DataSpec, ExtractSpec, ModelSpec, ResourcesSpec, SearchSpec
@@ -49,20 +51,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     directory, base = options.output_dir.resolve(), options.base_model_path.resolve()
-    spec = SearchSpec(
-        job_id="search",
-        directory=directory,
-        super_adapter=options.adapter_model_path.resolve(),
-        base_model=ModelSpec(name=base.name, path=str(base)),
-        data=DataSpec(train_file=options.validation_file),
-        validation_file=options.validation_file,
-        validation_name=options.validation_file.name,
-        resources=ResourcesSpec(cpus=options.threads),
-        **{
-            name: getattr(options, name)
-            for name in ("texts", "algorithm", "num_evals", "population", "metric", "cost", "items", "seed")
-        },
-    )
+    try:
+        spec = SearchSpec(
+            job_id="search",
+            directory=directory,
+            super_adapter=options.adapter_model_path.resolve(),
+            base_model=ModelSpec(name=base.name, path=str(base)),
+            data=DataSpec(train_file=options.validation_file),
+            validation_file=options.validation_file,
+            validation_name=options.validation_file.name,
+            resources=ResourcesSpec(cpus=options.threads),
+            **{
+                name: getattr(options, name)
+                for name in (
+                    "texts",
+                    "algorithm",
+                    "num_evals",
+                    "population",
+                    "metric",
+                    "cost",
+                    "items",
+                    "seed",
+                )
+            },
+        )
+    except ValidationError as error:
+        for fault in error.errors():
+            print(f"--{fault['loc'][-1]}: {fault['msg']}", file=sys.stderr)
+        return 2
     from comps.tuning.export.extract import extract
     from comps.tuning.search.run import search
 

@@ -304,6 +304,13 @@ def main() -> None:
     options.directory = options.directory.resolve()
     options.directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
+    # What is in the directory was made with these; with others it would be mixed up.
+    names = ("model", "train", "test", "metric", "epochs", "max_steps", "held_out", "items", "all_items")
+    asked = {name: str(getattr(options, name)) for name in names}
+    noted = options.directory / "options.json"
+    if noted.is_file() and (found := json.loads(noted.read_text())) != asked:
+        raise SystemExit(f"{options.directory} is of other options: {found}")
+    rundir.write_json(noted, asked)
     data, validation = prepare(options)
     judge = Judge(options)
     found = work(options, data, validation)

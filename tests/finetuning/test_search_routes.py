@@ -184,9 +184,11 @@ def test_the_data_trained_on_is_no_validation_and_a_test_split_is_warned_of(
     with database.session() as session:
         session.scalars(select(JobRow).where(JobRow.id == source)).one().training_file = trained_on
     assert "was trained on this file" in refusal(begin(validation_file=trained_on), 422, "validation_file")
-    (warning,) = begin(validation_file=upload(server, questions(), "arc_test.json")).json()["warnings"]
+    again = upload(server, questions(), "same.json")
+    assert "was trained on this file" in refusal(begin(validation_file=again), 422, "validation_file")
+    (warning,) = begin(validation_file=upload(server, questions()[1:], "arc_test.json")).json()["warnings"]
     assert "looks like a test split" in warning
-    assert begin(validation_file=upload(server, questions(), "contest.json")).json()["warnings"] == []
+    assert begin(validation_file=upload(server, questions()[1:], "contest.json")).json()["warnings"] == []
 
 
 def test_the_same_request_with_the_same_key_is_one_search(begin: Any) -> None:
@@ -236,12 +238,22 @@ def test_what_a_search_found_is_extracted_and_evaluated_by_name(
         extract(adapter_version="best", search_id="search-x"), 422, "search_id"
     )
 
+    # What has been extracted is what the name means, unless another search is named.
+    def ranks(**body: Any) -> list[int]:
+        answer = server.http.post("/v1/evaluations", json=asked | {"adapter_version": "best"} | body).json()
+        server.http.post(f"/v1/evaluations/{answer['id']}/cancel")
+        with database.reading() as session:
+            row = session.scalars(select(JobRow).where(JobRow.id == answer["id"])).one()
+        return list(row.spec["config"])
+
     # A newer search has found something else: the version that is there stays, and it is said whose it is.
     second = begin().json()
     await_verdict(database, second["id"])
     start_and_finish(database, second["id"], result_of(second, FRONT[1]))
     assert first["id"] in refusal(extract(adapter_version="best"), 409, "adapter_version")
     assert spec_of(extract(adapter_version="best", search_id=first["id"])) == best
+    assert ranks() == ranks(search_id=first["id"]) == BEST["config"]
+    assert ranks(search_id=second["id"]) == FRONT[1]["config"]
     # A pipeline passes the search on as it is, and means what it has found.
     passed_on = server.http.post(EXTRACT, json=done | {"wait": False})
     assert spec_of(passed_on) == best
@@ -289,7 +301,8 @@ def test_files_of_a_search_are_there_when_it_has_succeeded(
         assert server.http.get(f"{SEARCH}/{job['id']}/files/{other}").status_code in (404, 422)
 
 
-def test_another_keys_searches_are_not_there(make_server: Any, adapter: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["alice's job", "a job of nobody"])
+def test_another_keys_searches_are_not_there(make_server: Any, adapter: Path, shared: bool) -> None:
     service = make_server(FINETUNING_API_KEYS="alice,bob")
     save_tiny_model(service.models_dir / "org" / "search")
     database = Database(Settings(data_dir=service.data_dir).database_url)
@@ -302,8 +315,9 @@ def test_another_keys_searches_are_not_there(make_server: Any, adapter: Path) ->
 
         owner = session.scalars(select(FileRow.owner)).one()
     source = succeeded_job(
-        database, service.data_dir / "jobs", service.models_dir / "org" / "search", adapter, owner
-    )
+        database, service.data_dir / "jobs", service.models_dir / "org" / "search", adapter,
+        None if shared else owner,
+    )  # fmt: skip
     database.dispose()
     body = {"fine_tuning_job_id": source, "validation_file": file_id}
     assert service.http.post(SEARCH, json=body, headers=bob).status_code == 404

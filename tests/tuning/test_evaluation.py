@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from comps.tuning.data.collate import Collator
 from comps.tuning.data.dataset import build_datasets
 from comps.tuning.evaluation.__main__ import main
-from comps.tuning.evaluation.generate import exact_match
+from comps.tuning.evaluation.generate import answers, exact_match
 from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.spec import DataSpec, ModelSpec
 
@@ -53,6 +53,37 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     spec = ModelSpec(name="tiny", path=str(directory))
     return load_base_model(spec), load_tokenizer(spec)
+
+
+def test_the_most_likely_token_comes_whatever_the_model_asks_for(learnt: Path) -> None:
+    model, tokenizer = load(learnt)
+    expected = answers(model, tokenizer, RECORDS)
+    model.generation_config.repetition_penalty = 50.0
+    model.generation_config.no_repeat_ngram_size = 1
+    model.generation_config.temperature = 2.0
+    assert answers(model, tokenizer, RECORDS) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prompt_beyond_the_models_positions_loses_its_beginning(tmp_path: Path, family: str) -> None:
+    model, tokenizer = load(save_tiny_model(tmp_path, family))
+    cut: list[int] = []
+    records = [*RECORDS, {"instruction": "word " * 3000, "output": "no"}]
+    assert len(answers(model, tokenizer, records, max_new_tokens=4, cut=cut.append)) == 4
+    assert cut == [1]
+
+
+def test_answers_that_are_known_are_not_generated_again(
+    learnt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load(learnt)
+    known: dict[str, str] = {}
+    first = answers(model, tokenizer, RECORDS[:2], known=known)
+    assert sorted(known.values()) == sorted(first)
+    seen: list[int] = []
+    whole = answers(model, tokenizer, RECORDS, known=known, progress=lambda done, total: seen.append(total))
+    assert whole[:2] == first
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from comps.tuning.errors import DataError
-from comps.tuning.evaluation.questions import read_questions, spread, to_question
+from comps.tuning.evaluation.questions import check_questions, read_questions, spread, to_question
 from comps.tuning.evaluation.tasks import NAMES, known_name, load_task, metrics_of
 
 ARC = {
@@ -50,6 +50,10 @@ GOOD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], int | Non
         {"question": "Q", "choices": {"label": ["A", "B"], "text": ["a", "b"]}, "answerKey": "B"},
         {"instruction": "Q", "input": None, "output": "b"}, ("a", "b"), 1,
     ),
+    "labels that are texts of others": (
+        {"question": "Q", "choices": {"label": ["1", "2", "3"], "text": ["2", "3", "1"]}, "answerKey": "3"},
+        {"instruction": "Q", "input": None, "output": "1"}, ("2", "3", "1"), 2,
+    ),
     "LLM-Adapters' labels": (
         ARC, ARC, tuple(f"the correct answer is answer{n}" for n in (1, 2, 3)), 1,
     ),
@@ -69,7 +73,25 @@ BAD: dict[str, tuple[dict[str, Any], bool, bool, str]] = {
     "true": ({"question": "Q", "choices": ["a", "b"], "answer": True}, True, False, "not 'True'"),
     "no answer": ({"question": "Q", "choices": ["a", "b"]}, True, False, "not 'None'"),
     "another text": ({"question": "Q", "choices": ["a", "b"], "answer": "c"}, True, False, "'c'"),
-    "one choice": ({"question": "Q", "choices": ["a"], "answer": 0}, True, False, "at least two"),
+    "one choice": ({"question": "Q", "choices": ["a"], "answer": 0}, True, False, "2 to 100 texts"),
+    "too many choices": (
+        {"question": "Q", "choices": ["a"] * 101, "answer": 0},
+        True,
+        False,
+        "2 to 100 texts",
+    ),
+    "too many labels": (
+        {**BOOLQ, "instruction": "Q Answer format: " + "/".join(["true"] * 101)},
+        True,
+        False,
+        "101 labels",
+    ),
+    "a sentence too long for its labels": (
+        {**BOOLQ, "output": "true" + "." * 6_000_000},
+        True,
+        False,
+        "too long to be made a choice",
+    ),
     "choices as a text": ({"question": "Q", "choices": "ab", "answer": 0}, True, False, "list"),
     "numbers as choices": ({"question": "Q", "choices": [1, 2], "answer": 0}, True, False, "texts"),
     "an empty choice": ({"question": "Q", "choices": ["a", " "], "answer": 0}, True, False, "choices[1]"),
@@ -80,7 +102,12 @@ BAD: dict[str, tuple[dict[str, Any], bool, bool, str]] = {
     "an empty response": ({"instruction": "Q", "output": ""}, False, False, "'output' is empty"),
     "another label": ({**ARC, "answer": "answer9"}, True, False, "one of answer1, answer2, answer3"),
     "an output without its label": ({**ARC, "output": "yes"}, True, False, "names 'answer2' once"),
-    "labels without texts": (BOOLQ, True, True, "only the labels can be chosen from"),
+    "a label without its text": (
+        {**ARC, "instruction": ARC["instruction"].replace("Answer3", "Answer")},
+        True,
+        True,
+        "only the labels can be chosen from",
+    ),
     "messages of nonsense": ({"messages": 3, "choices": ["a", "b"], "answer": 0}, True, False, "'messages'"),
 }
 
@@ -97,6 +124,10 @@ def test_the_texts_of_the_labels_are_found_in_the_instruction() -> None:
     question = to_question(ARC, texts=True)
     assert question.record == {"instruction": "What: a b?", "input": "", "output": "two"}
     assert question.choices == ("one: 1", "two", "the Answer4: three")
+    # True and false are texts themselves.
+    question = to_question(BOOLQ, texts=True)
+    assert question.record["instruction"].endswith("question: is it?")
+    assert (question.record["output"], question.choices, question.answer) == ("true", ("true", "false"), 0)
     assert to_question(BOOLQ).choices == ("the correct answer is true", "the correct answer is false")
 
 
@@ -140,6 +171,14 @@ def test_tasks_have_names_and_are_found_in_their_directory(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match="hub is not asked"):
         load_task("boolq", tmp_path)
+
+
+def test_a_record_full_of_blanks_takes_no_longer_than_another(tmp_path: Path) -> None:
+    """A regular expression that looked for blanks before the format took days for this."""
+    file = tmp_path / "blanks.json"
+    file.write_text(json.dumps([{"instruction": "x" + 5_000_000 * " " + "y", "output": "z"}]))
+    assert check_questions(file).records == 1
+    assert read_questions(file, texts=True)[0].choices == ()
 
 
 # A row as each data set has it on the hub, and the answer that is right.

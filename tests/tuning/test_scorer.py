@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from comps.tuning.elastic.model import load_adapter, make_elastic
 from comps.tuning.errors import AdapterError
+from comps.tuning.evaluation import tree
 from comps.tuning.evaluation.engine import Engine
 from comps.tuning.evaluation.items import Items
 from comps.tuning.evaluation.questions import to_question
@@ -215,6 +217,31 @@ def test_layers_that_compute_something_else_are_found_out(monkeypatch: pytest.Mo
     (scores,) = scorer.score(items)
     row = items[0].rows[0]
     assert_same(scores.results[0][0], by_itself(model, row.ids, row.learnt))
+
+
+def test_choices_that_see_each_other_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tree.pack
+
+    def leaking(*args: Any) -> Any:
+        batch = right(*args)
+        length = batch.tree.length
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        return replace(batch, tree=replace(batch.tree, sees=batch.tree.sees | causal))
+
+    monkeypatch.setattr(tree, "pack", leaking)
+    for scale in (0.02, 0.1, 0.5):
+        assert Scorer(tiny_model(initializer_range=scale)).way == "padded"
+
+
+def test_items_too_long_to_be_trees_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    items, model = choice_items(), tiny_model()
+    whole = Scorer(model).score(items)[0].results
+    monkeypatch.setattr("comps.tuning.evaluation.engine._LONGEST", 5)
+    monkeypatch.setattr(tree, "pack", lambda *_: pytest.fail("packed"))
+    monkeypatch.setattr(Engine, "_packs", lambda self: True)
+    for one, other in zip(Scorer(model, way="packed").score(items)[0].results, whole, strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            assert_same(mine, theirs)
 
 
 def test_several_scorers_of_one_model_do_not_disturb_each_other() -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import peft
 import pytest
+from fixtures_models import save_tiny_model
 from fixtures_search import make_super_adapter, search_spec, write_questions
 from fixtures_training import Run, run, train_spec, write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,9 +28,10 @@ from comps.tuning.evaluation.scorer import Scorer
 from comps.tuning.export.extract import extract
 from comps.tuning.rundir import STOP
 from comps.tuning.search import report
+from comps.tuning.search.candidates import open_candidates
 from comps.tuning.search.ledger import FILE, Ledger
 from comps.tuning.search.run import search
-from comps.tuning.spec import ExtractSpec, SearchSpec
+from comps.tuning.spec import ExtractSpec, ModelSpec, SearchSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 Made = tuple[Path, Path, Path]  # base model, super-adapter, questions
@@ -80,14 +83,13 @@ def test_the_best_sub_adapter_scores_with_stock_peft_what_the_search_says(
     values = Scorer(model).score(Items.choices(questions, tokenizer))[0].per_item("acc")
     by_question = dict(zip((question.where for question in questions), values, strict=True))
     # The search has drawn its items: the first so many of an order of its own.
-    from comps.tuning.search.candidates import open_candidates
-
     order = [item.where for item in open_candidates(spec).items]
     assert len(order) == 36
     drawn = [by_question[where] for where in order]
     assert best["score"] == pytest.approx(sum(drawn[:24]) / 24)
     assert best["rescored"]["score"] == pytest.approx(sum(drawn) / 36)
-    assert best["fresh"]["score"] == pytest.approx(sum(drawn[24:]) / 12)
+    # By half of what the search has not seen it was chosen; the other half says what it is worth.
+    assert best["fresh"]["score"] == pytest.approx(sum(drawn[30:]) / 6)
     p = best["score"]
     assert best["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 23))
 
@@ -203,6 +205,24 @@ def test_an_earlier_search_is_used_where_it_fits_and_changes_no_result(
     assert result["items"] == 20
     other = again.model_copy(update={"directory": tmp_path / "other", "metric": "acc_norm"})
     assert without_times(search(other)) != without_times(found)
+
+
+def test_scores_of_another_base_or_of_other_settings_are_not_used(
+    spec: SearchSpec, made: Made, tmp_path: Path
+) -> None:
+    _, adapter, _ = made
+    keys = {open_candidates(spec).key}
+    other = save_tiny_model(tmp_path / "base", seed=7)
+    keys.add(
+        open_candidates(spec.model_copy(update={"base_model": ModelSpec(name="o", path=str(other))})).key
+    )
+    stronger = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    config = json.loads((stronger / "adapter_config.json").read_text())
+    (stronger / "adapter_config.json").write_text(
+        json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]})
+    )
+    keys.add(open_candidates(spec.model_copy(update={"super_adapter": stronger})).key)
+    assert len(keys) == 3
 
 
 def test_progress_and_the_time_left_are_told(spec: SearchSpec, found: dict[str, Any]) -> None:

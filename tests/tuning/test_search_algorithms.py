@@ -14,7 +14,7 @@ from comps.tuning.elastic.space import ElasticGroup, SearchSpace
 from comps.tuning.errors import AdapterError
 from comps.tuning.search.additive import fit
 from comps.tuning.search.algorithms import algorithm
-from comps.tuning.search.nsga2 import mutation
+from comps.tuning.search.nsga2 import AnotherRank
 from comps.tuning.search.problem import Choice, Measured, Problem, best, dominates, front
 
 Measure = Callable[[Choice], Measured]
@@ -84,16 +84,18 @@ def test_nsga2_finds_the_front_that_brute_force_finds() -> None:
 
 def test_mutation_really_mutates() -> None:
     """With pymoo's own defaults it is one child in two hundred."""
-    for groups in (6, 30, 96):
-        space = PymooProblem(n_var=groups, n_obj=2, xl=np.zeros(groups), xu=np.full(groups, 2), vtype=int)
-        parents = np.random.default_rng(0).integers(0, 3, (500, groups))
-        children = mutation(groups)(
+    for ranks, groups in itertools.product((2, 3, 5, 9), (6, 30, 96)):
+        most = np.full(groups, ranks - 1)
+        most[0] = 0  # a group without a choice
+        space = PymooProblem(n_var=groups, n_obj=2, xl=np.zeros(groups), xu=most, vtype=int)
+        parents = np.random.default_rng(0).integers(0, most + 1, (500, groups))
+        children = AnotherRank()(
             space, Population.new("X", parents.copy()), random_state=np.random.default_rng(1)
         ).get("X")
         changed = (children != parents).sum(1)
-        assert 0.7 < changed.mean() < 1.5
-        assert (changed > 0).mean() > 0.4
-        assert set(np.unique(children)) == {0, 1, 2}
+        assert 0.8 < changed.mean() < 1.2
+        assert (changed > 0).mean() > 0.55
+        assert set(np.unique(children)) == set(range(ranks))
 
 
 @pytest.mark.parametrize(("name", "share"), [("nsga2", 0.6), ("hill_climbing", 0.6), ("learned", 0.9)])

@@ -94,7 +94,7 @@ def create_extract(
                 param="fine_tuning_job_id",
             )
         made = extraction(session, source, version)
-        searched = searched_for(session, source, version, request.search_id)
+        searched = searched_for(session, source, version, request.search_id, owner)
     config = configuration(source, version, request.custom_config, searched, made)
     # Whoever asks again for a version need not say again what it is.
     form = made.form if made and "form" not in request.model_fields_set else request.form
@@ -136,10 +136,10 @@ def extraction(session: Session, source: Source, version: str) -> ExtractSpec | 
 
 
 def searched_for(
-    session: Session, source: Source, version: str, search_id: str | None = None
+    session: Session, source: Source, version: str, search_id: str | None, owner: Owner
 ) -> Searched | None:
     """What a version is that is kept for what a search finds. Raises :class:`InvalidRequest`."""
-    return found_by_search(session, source.id, version, search_id) if is_searched(version) else None
+    return found_by_search(session, source.id, version, search_id, owner) if is_searched(version) else None
 
 
 def configuration(

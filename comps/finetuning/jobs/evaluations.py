@@ -22,7 +22,7 @@ from comps.finetuning.jobs.adapters import (
 )
 from comps.finetuning.jobs.create import check_queue
 from comps.finetuning.jobs.find import find_base_model, find_data_file, find_job, find_model, visible
-from comps.finetuning.jobs.found import is_searched
+from comps.finetuning.jobs.found import BEST, is_searched
 from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.states import add_event
 from comps.finetuning.owner import Owner
@@ -55,7 +55,7 @@ def create_evaluation(
     with database.reading() as session:
         base_model, source = _subject(session, settings, request, owner)
         file = _file(session, request, owner)
-        version, config = _version(session, source, request)
+        version, config = _version(session, source, request, owner)
     if base_model.local:
         catalog.check_trainable(Path(base_model.path), base_model.trust_remote_code)
     warnings = request_warnings(request)
@@ -145,7 +145,7 @@ def _subject(
 
 
 def _version(
-    session: Session, source: Source | None, request: EvaluationRequest
+    session: Session, source: Source | None, request: EvaluationRequest, owner: Owner
 ) -> tuple[str | None, tuple[int, ...] | None]:
     """The version's name and its ranks, if an adapter is to be set to any."""
     version, custom = asked_version(request), request.custom_config
@@ -156,9 +156,12 @@ def _version(
                 f"{param}: only a super-adapter has versions, and this model is none.", param=param
             )
         return None, None
-    version = version or ("custom" if custom is not None else "maximal")
+    named = BEST if request.search_id else "maximal"
+    version = version or ("custom" if custom is not None else named)
     made = extraction(session, source, version)
-    searched = searched_for(session, source, version)
+    searched = None
+    if made is None or request.search_id:  # what has been extracted under a name is what the name means
+        searched = searched_for(session, source, version, request.search_id, owner)
     by_rule = version in NAMED or version == learned.VERSION or is_searched(version)
     if made is None and custom is None and not by_rule:
         raise NotFound(

@@ -8,6 +8,9 @@ from sqlalchemy import ColumnElement, Select, exists, select
 from sqlalchemy.orm import Session
 
 from comps.cores.errors import InvalidRequest
+from comps.finetuning.jobs.find import visible
+from comps.finetuning.jobs.states import TERMINAL
+from comps.finetuning.owner import Owner
 from comps.finetuning.store.tables import JobRow, ModelRow
 
 BEST = "best"
@@ -19,26 +22,27 @@ def is_searched(version: str) -> bool:
     return _SEARCHED.fullmatch(version) is not None
 
 
-def finished_searches(source: str, *conditions: ColumnElement[bool]) -> Select[JobRow]:
-    """The searches of a job or model that have succeeded, newest first.
+def ended_searches(source: str, owner: Owner, *conditions: ColumnElement[bool]) -> Select[JobRow]:
+    """The searches of a job or model that a caller may see and that have ended, newest first.
 
     Those of an earlier model of the same name are not of this one.
     """
     registered_since = exists().where(ModelRow.id == source, ModelRow.created_at > JobRow.created_at)
     query = select(JobRow).where(JobRow.kind == "search", JobRow.source == source, *conditions)
-    return query.where(JobRow.status == "succeeded", ~registered_since).order_by(JobRow.sequence.desc())
+    ended = JobRow.status.in_(TERMINAL)
+    return query.where(ended, visible(JobRow, owner), ~registered_since).order_by(JobRow.sequence.desc())
 
 
 def found_by_search(
-    session: Session, source: str, version: str, search_id: str | None
+    session: Session, source: str, version: str, search_id: str | None, owner: Owner
 ) -> tuple[str, tuple[int, ...]] | None:
     """The search that ``version`` comes from, and its ranks: of the search ``search_id``, or of the newest of
     ``source`` that has succeeded. ``None`` when there is none.
 
     Raises :class:`InvalidRequest` for a search that is not the source's, or has found no such version.
     """
-    condition = [JobRow.id == search_id] if search_id else []
-    search = session.scalar(finished_searches(source, *condition).limit(1))
+    conditions = [JobRow.status == "succeeded"] + ([JobRow.id == search_id] if search_id else [])
+    search = session.scalar(ended_searches(source, owner, *conditions).limit(1))
     if search is None:
         if search_id:
             raise InvalidRequest(

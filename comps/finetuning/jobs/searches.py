@@ -12,7 +12,7 @@ from comps.cores.errors import InvalidRequest, NotFound
 from comps.finetuning.jobs.adapters import Source, capital, find_source
 from comps.finetuning.jobs.create import check_queue
 from comps.finetuning.jobs.find import find_data_file, visible
-from comps.finetuning.jobs.found import finished_searches
+from comps.finetuning.jobs.found import ended_searches
 from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.states import add_event
 from comps.finetuning.owner import Owner
@@ -47,7 +47,7 @@ def create_search(
         source = find_source(session, settings, request, owner)
         training = _training(session, source)
         file = _validation_file(session, request, owner, training)
-        earlier = session.scalars(finished_searches(source.id).limit(_EARLIER)).all()
+        earlier = session.scalars(ended_searches(source.id, owner).limit(_EARLIER)).all()
     _check(source, request)
     job_id = new_id("search")
     fields = request.model_dump(
@@ -72,9 +72,10 @@ def create_search(
             "on it any more."
         )
     job = JobRow(
-        id=job_id, kind=spec.kind, status="validating_files", owner=source.owner,
+        id=job_id, kind=spec.kind, status="validating_files", owner=owner.id,
         model=source.base_model.name, source=source.id, seed=spec.seed,
-        validation_file=file.id if file else None,
+        # Those that the run reads, so that they are not deleted while it does.
+        validation_file=file.id if file else training[0].validation_file if training else None,
         training_file=training[0].training_file if training and file is None else None,
         request=request.model_dump(mode="json", exclude_unset=True), spec=spec.model_dump(mode="json"),
         warnings=warnings,
@@ -121,7 +122,8 @@ def _validation_file(
     """The file to score on: the request's, or the job's own; ``None`` for what the job has split off."""
     if request.validation_file:
         file = find_data_file(session, request.validation_file, owner, "validation_file")
-        if training and file.id == training[0].training_file:
+        seen = session.get(FileRow, training[0].training_file) if training else None
+        if seen and file.sha256 == seen.sha256:
             raise InvalidRequest(
                 "validation_file: the job was trained on this file; leave validation_file out to use what "
                 "was held out of it, or give another.",

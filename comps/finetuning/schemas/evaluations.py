@@ -36,6 +36,9 @@ class EvaluationRequest(Tolerant):
     custom_config: Annotated[list[Integer], Field(max_length=100_000, fail_fast=True)] | None = Field(
         None, description="Ranks to evaluate a super-adapter at: index = group * layers + layer"
     )
+    search_id: str | None = Field(
+        None, max_length=200, description="The search that found `best` or `pareto-<k>`; absent: the newest"
+    )
     file: str | None = Field(None, min_length=1, max_length=1024, description=_FILE)
     task: str | None = Field(None, min_length=1, max_length=100, description="A built-in task")
     metrics: Annotated[list[MetricName], Field(min_length=1, max_length=8)] | None = Field(

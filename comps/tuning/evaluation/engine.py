@@ -23,7 +23,10 @@ from patches.transformers_layers import decoder_layers, replace_forward, restore
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-3  # of a row's log-likelihood, relative to the mean one
+# How far a row's log-likelihood may be off in float32: so much, and so much of the mean one.
+_TOLERANCE, _RELATIVE = 1e-4, 1e-5
+_LOWER_PRECISION = 0.05  # of the mean one, in other types
+_LONGEST = 4096  # tokens of an item; what sees what is a matrix of their square
 # Settings of attention that depends on places in the batch, or on lengths that a trial does not reach.
 _BY_PLACE = ("attention_chunk_size", "attn_temperature_tuning", "keep_window_size", "index_topk")
 
@@ -70,7 +73,10 @@ class Engine:
         return scores
 
     def _fits(self, items: Sequence[Item]) -> bool:
-        """Whether all rows lie within the model's window of attention, which trees know nothing of."""
+        """Whether all rows lie within the model's window of attention, which trees know nothing of, and items
+        are not too long to be trees."""
+        if max(tree.sizes(items)) > _LONGEST:
+            return False
         window = getattr(self._model.config, "sliding_window", None)
         return window is None or max(len(row.ids) for item in items for row in item.rows) <= window
 
@@ -168,7 +174,8 @@ class Engine:
             return False
         expected = [row.log_likelihood for row in self._expected]
         precise = self._model.dtype == torch.float32
-        near = (_TOLERANCE if precise else 0.05) * abs(sum(expected) / len(expected))
+        mean = abs(sum(expected) / len(expected))
+        near = _TOLERANCE + _RELATIVE * mean if precise else _LOWER_PRECISION * mean
         return all(abs(mine - own) <= near for mine, own in zip(found, expected, strict=True))
 
 
@@ -199,7 +206,7 @@ def _trial(model: PreTrainedModel) -> list[Item]:
         prompt = preamble + draw(4 + choices)
         rows = list[Row]()
         for _ in range(choices):
-            answer = draw(1 + len(rows))
+            answer = draw(4 + 2 * len(rows))
             rows.append(Row(prompt + answer, [False] * len(prompt) + [True] * len(answer)))
         items.append(Item(tuple(rows), "trial"))
     return items

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -22,6 +23,13 @@ from comps.tuning.data.tokenise import eos_id, prompt_ids
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _LETTER = re.compile(r"\b[A-E]\b")
 _NEAR = 1e-3
+# The most likely token and nothing else, whatever a model's own generation_config asks for.
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 
 
 class ExactMatch(TypedDict):
@@ -62,26 +70,39 @@ def answers(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    known: dict[str, str] | None = None,
+    cut: Callable[[int], None] | None = None,
 ) -> list[str]:
     """The model's answer to each record, without spaces at its ends.
 
     ``records`` have passed ``shapes.check_record``; a chat is asked for its last message. Batches hold
     prompts of similar length, padded on the left. Answers end at the EOS token or after
-    ``max_new_tokens``. ``progress`` gets (answered, to answer), and may raise to stop.
+    ``max_new_tokens``. Of prompts that leave no room for an answer within the model's positions the
+    beginning is dropped, and ``cut`` is told of how many. ``progress`` gets (answered, to answer), and may
+    raise to stop. ``known`` are answers by a hash of their prompt's tokens: those there are not generated
+    again, and new ones are added before ``progress`` is called.
     """
     end = eos_id(tokenizer)
     rendered = [render(record, tokenizer) for record in records]
     prompts = prompt_ids(rendered, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    outputs = [""] * len(prompts)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions:
+        room = max(1, positions - max_new_tokens)
+        if cut is not None and (long := sum(len(ids) > room for ids in prompts)):
+            cut(long)
+        prompts = [ids[-room:] for ids in prompts]
+    keys = [hashlib.sha256(json.dumps([ids, max_new_tokens]).encode()).hexdigest()[:32] for ids in prompts]
+    found = {} if known is None else known
+    missing = {key: ids for key, ids in zip(keys, prompts, strict=True) if key not in found}
+    order = sorted(missing, key=lambda key: len(missing[key]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        generated = _generate(model, [prompts[index] for index in chosen], end, max_new_tokens)
-        for index, ids in zip(chosen, generated, strict=True):
-            outputs[index] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        generated = _generate(model, [missing[key] for key in chosen], end, max_new_tokens)
+        for key, ids in zip(chosen, generated, strict=True):
+            found[key] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
         if progress is not None:
             progress(start + len(chosen), len(order))
-    return outputs
+    return [found[key] for key in keys]
 
 
 @torch.inference_mode()
@@ -96,8 +117,8 @@ def _generate(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         use_cache=True,
+        **_GREEDY,
         eos_token_id=end,
         pad_token_id=end,
     )
@@ -124,6 +145,11 @@ def is_numeric(output: str, expected: str) -> bool:
         return bool(letters and found and letters[-1] == found[-1])
     number = last_number(output)
     return number is not None and abs(number - wanted) <= _NEAR
+
+
+def is_number(text: str) -> bool:
+    """Whether :func:`is_numeric` has something to look for in an expected answer."""
+    return last_number(text) is not None or bool(_LETTER.search(text))
 
 
 def last_number(text: str) -> float | None:

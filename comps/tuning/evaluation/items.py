@@ -119,6 +119,8 @@ def _choice_item(
     texts = [prompt, *(prompt + blanks + choice for choice in question.choices)]
     before, *wholes = tokenizer(texts, **options)["input_ids"]
     before = leading + before
+    if not before:
+        raise DataError(f"{question.where}: its prompt has no tokens, and the model none that begins a text")
     rows = []
     for place, whole in enumerate(wholes):
         scored = (leading + whole)[len(before) :]

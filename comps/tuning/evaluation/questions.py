@@ -15,7 +15,6 @@ so that its prompt is the one of training, with the answers to choose from besid
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +25,9 @@ from comps.tuning.data.records import Summary, iter_records
 from comps.tuning.data.shapes import check_record, shape_of
 from comps.tuning.errors import DataError
 
-_FORMAT = re.compile(r"\s*Answer format:\s*(\S+)\s*$")
+_FORMAT = "Answer format:"
+_MOST = 100  # choices of a question
+_LONGEST = 10_000_000  # characters of all its choices together
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ def _listed(record: dict[str, Any], where: str) -> Question:
     labels = None
     if isinstance(listed, dict):
         listed, labels = listed.get("text"), listed.get("label")
-    if not isinstance(listed, list) or len(listed) < 2 or not all(isinstance(c, str) for c in listed):
-        raise DataError(f"{where}: 'choices' must be a list of at least two texts")
+    texts = isinstance(listed, list) and all(isinstance(choice, str) for choice in listed)
+    if not texts or not 2 <= len(listed) <= _MOST:
+        raise DataError(f"{where}: 'choices' must be a list of 2 to {_MOST} texts")
     for place, choice in enumerate(listed):
         if not choice.strip():
             raise DataError(f"{where}: 'choices[{place}]' is empty")
@@ -147,16 +149,15 @@ def _listed(record: dict[str, Any], where: str) -> Question:
         asked = {"instruction": instruction, "input": record.get("input"), "output": right}
     else:
         raise DataError(f"{where}: has 'choices', but no 'question', 'instruction', 'prompt' or 'messages'")
-    return Question(asked, where, tuple(listed), right_place, str(right_place))
+    return Question(asked, where, tuple(listed), right_place)
 
 
 def _place(answer: Any, choices: list[str], labels: Any) -> int | None:
     if isinstance(answer, str):
-        if answer in choices:
-            return choices.index(answer)
+        # Labels come first: of ARC's some are numbers, as are texts of other choices.
         if isinstance(labels, list) and answer in labels and len(labels) == len(choices):
             return labels.index(answer)
-        return None
+        return choices.index(answer) if answer in choices else None
     if isinstance(answer, bool) or not isinstance(answer, int):
         return None
     return answer if 0 <= answer < len(choices) else None
@@ -165,9 +166,16 @@ def _place(answer: Any, choices: list[str], labels: Any) -> int | None:
 def _labels(record: dict[str, Any]) -> list[str]:
     """``["answer1", "answer2"]`` from the end of the instruction; empty when it has no such end."""
     instruction = record.get("instruction")
-    match = _FORMAT.search(instruction) if isinstance(instruction, str) else None
-    labels = match[1].split("/") if match else []
+    if not isinstance(instruction, str):
+        return []
+    _, mark, end = instruction.rpartition(_FORMAT)
+    words = end.split(maxsplit=1) if mark else []
+    labels = words[0].split("/") if len(words) == 1 else []
     return labels if len(labels) > 1 and all(labels) else []
+
+
+def _without_format(instruction: str) -> str:
+    return instruction.rpartition(_FORMAT)[0].rstrip()
 
 
 def _adapters(record: dict[str, Any], labels: list[str], where: str, texts: bool) -> Question:
@@ -176,6 +184,8 @@ def _adapters(record: dict[str, Any], labels: list[str], where: str, texts: bool
         raise DataError(
             f"{where}: 'answer' must be one of {', '.join(labels)[:80]}, not {str(answer)[:60]!r}"
         )
+    if len(labels) > _MOST:
+        raise DataError(f"{where}: its 'Answer format' has {len(labels)} labels; {_MOST} are the most")
     place = labels.index(answer)
     if texts:
         question, listed = _from_text(record["instruction"], labels)
@@ -188,13 +198,18 @@ def _adapters(record: dict[str, Any], labels: list[str], where: str, texts: bool
         return Question(asked, where, tuple(listed), place, answer)
     if not isinstance(output, str) or output.count(answer) != 1:
         raise DataError(f"{where}: 'output' must be a sentence that names {answer!r} once")
+    if len(output) * len(labels) > _LONGEST:
+        raise DataError(f"{where}: 'output' is too long to be made a choice with each of its labels")
     choices = tuple(output.replace(answer, label) for label in labels)
     return Question(dict(record), where, choices, place, answer)
 
 
 def _from_text(instruction: str, labels: list[str]) -> tuple[str, list[str]]:
-    """The bare question, and the texts of the labels as far as they are listed in order."""
-    listed = _FORMAT.sub("", instruction)
+    """The bare question, and the texts of the labels as far as they are listed in order. Labels that are not
+    listed at all, as true and false, are texts themselves."""
+    listed = _without_format(instruction)
+    if not any(f"{label[0].upper()}{label[1:]}: " in listed for label in labels):
+        return listed, labels
     found = []
     for label in reversed(labels):
         before, mark, text = listed.rpartition(f"{label[0].upper()}{label[1:]}: ")

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ from comps.tuning import rundir
 from comps.tuning.data.prompts import expected_response
 from comps.tuning.elastic.model import ElasticController, load_adapter, make_elastic
 from comps.tuning.elastic.read_space import load_space
-from comps.tuning.errors import DataError
-from comps.tuning.evaluation.generate import answers, is_exact, is_numeric
+from comps.tuning.errors import DataError, ModelError
+from comps.tuning.evaluation.generate import answers, is_exact, is_number, is_numeric
 from comps.tuning.evaluation.items import Items
+from comps.tuning.evaluation.notes import FILE as NOTES
+from comps.tuning.evaluation.notes import Notes
 from comps.tuning.evaluation.questions import Question, read_questions, spread
 from comps.tuning.evaluation.scorer import Scorer
-from comps.tuning.evaluation.scores import CHOICE_METRICS, TOKEN_METRICS, Metric, mean
+from comps.tuning.evaluation.scores import CHOICE_METRICS, TOKEN_METRICS, Metric, RowScore, mean
 from comps.tuning.evaluation.tasks import load_task, metrics_of
 from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.spec import DataSpec, EvaluateSpec
 
 ITEMS = "items.jsonl"
+_ANSWERS, _SCORES = "answer/", "score/"  # kinds of notes
 GENERATED = ("exact_match", "numeric_match")
 
 
@@ -61,6 +65,9 @@ class _Run:
     def __init__(self, spec: EvaluateSpec, events: rundir.EventWriter) -> None:
         self.spec, self._events = spec, events
         self._began = self._told = time.monotonic()
+        self._notes = Notes(spec.directory / NOTES)
+        self._phases, self._done = 1, 0  # in all, and those that are over
+        self._unscored = 0
 
     def result(self) -> dict[str, Any]:
         questions, metrics = self._questions()
@@ -68,6 +75,11 @@ class _Run:
         model, controller = load_model(self.spec)
         how = self._how(model)
         self._events.write(f"Evaluating {len(questions)} questions by {', '.join(metrics)}{how}")
+        if self._notes.found:
+            self._events.write(f"Resuming: {len(self._notes.found)} answers or scores were there before")
+        kinds = (GENERATED, CHOICE_METRICS, TOKEN_METRICS)
+        self._phases = sum(any(name in kind for name in metrics) for kind in kinds)
+        self._began = time.monotonic()
         found: dict[str, Metric] = {}
         records: list[list[dict[str, Any]]] = []
         at = nullcontext() if controller is None else controller.at(self.spec.config or controller.active)
@@ -77,6 +89,9 @@ class _Run:
             if any(name in CHOICE_METRICS or name in TOKEN_METRICS for name in metrics):
                 records += self._scored(model, controller, tokenizer, questions, metrics, found)
         values = {name: found[name] for name in metrics}
+        for name, metric in values.items():
+            if not math.isfinite(metric.value):
+                raise ModelError(f"{name} is no finite number; has the training of this model diverged?")
         path = self._write(questions, records)
         said = ", ".join(f"{name} {_shown(metric)}" for name, metric in values.items())
         self._events.write(f"Evaluated {len(questions)} questions: {said}")
@@ -84,6 +99,7 @@ class _Run:
             "path": str(path),
             "metrics": {name: _plain(metric) for name, metric in values.items()},
             "items": len(questions),
+            "unscored": self._unscored,
             "seconds": round(time.monotonic() - self._began, 3),
         }
 
@@ -122,19 +138,28 @@ class _Run:
         metrics: list[str],
         found: dict[str, Metric],
     ) -> Iterator[dict[str, Any]]:
+        expects = [
+            each.value if each.value is not None else expected_response(each.record) for each in questions
+        ]
+        if "numeric_match" in metrics and not any(map(is_number, expects)):
+            sentence = "numeric_match: no question expects a number, or the letter of an option"
+            raise EvaluationDataError(sentence, param="metrics")
+        known: dict[str, str] = self._notes.of(_ANSWERS)
+
+        def progress(done: int, total: int) -> None:
+            self._notes.add(_ANSWERS, known, lambda key, output: (key, output))
+            self._progress(done, total)
+
         outputs = answers(
-            model, tokenizer, [each.record for each in questions],
-            max_new_tokens=self.spec.max_new_tokens, batch_size=self.spec.batch_size, progress=self._progress,
+            model, tokenizer, [each.record for each in questions], max_new_tokens=self.spec.max_new_tokens,
+            batch_size=self.spec.batch_size, progress=progress, known=known, cut=self._cut,
         )  # fmt: skip
+        self._done += 1
         right: dict[str, list[bool]] = {name: [] for name in metrics}
-        for question, output in zip(questions, outputs, strict=True):
-            expected = expected_response(question.record)
+        for question, output, number in zip(questions, outputs, expects, strict=True):
+            exact = is_exact(output, expected_response(question.record))
             for name in metrics:
-                right[name].append(
-                    is_exact(output, expected)
-                    if name == "exact_match"
-                    else is_numeric(output, question.value if question.value is not None else expected)
-                )
+                right[name].append(exact if name == "exact_match" else is_numeric(output, number))
         for name in metrics:
             found[name] = mean([float(each) for each in right[name]])
         for place, output in enumerate(outputs):
@@ -151,6 +176,14 @@ class _Run:
         found: dict[str, Metric],
     ) -> list[list[dict[str, Any]]]:
         scorer = Scorer(model, controller)
+        config = None if controller is None else controller.active
+        for key, rows in self._notes.of(_SCORES).items():
+            scorer.known[config, key] = tuple(RowScore(*row) for row in rows)
+
+        def progress(done: int, total: int) -> None:
+            self._notes.add(_SCORES, scorer.known, lambda key, rows: (key[1], [astuple(row) for row in rows]))
+            self._progress(done, total)
+
         records = []
         longest = getattr(model.config, "max_position_embeddings", None)
         for names in (CHOICE_METRICS, TOKEN_METRICS):
@@ -161,30 +194,44 @@ class _Run:
                 items = Items.choices(questions, tokenizer, longest)
             else:
                 length = min(self.spec.max_length, longest or self.spec.max_length)
-                data = DataSpec(train_file=Path(), max_length=length, max_source_length=length)
+                # A quarter is for the response, however long the prompt is.
+                data = DataSpec(train_file=Path(), max_length=length, max_source_length=length - length // 4)
                 items = Items.responses(questions, tokenizer, data)
                 if not len(items):
                     sentence = "no question has a response within max_length"
                     raise EvaluationDataError(sentence, param="max_length")
-            if cut := items.truncated:
-                sentence = f"{cut} of {len(items)} questions were longer than the model takes and were cut"
+            self._unscored = max(self._unscored, len(questions) - len(items))
+            if len(items) < len(questions):
+                sentence = (
+                    f"{len(questions) - len(items)} of {len(questions)} questions have no response to score"
+                )
                 self._events.write(sentence, level="warn")
-            (scores,) = scorer.score(items, progress=self._progress)
+            if items.truncated:
+                self._cut(items.truncated)
+            (scores,) = scorer.score(items, progress=progress)
+            self._done += 1
             for name in wanted:
                 found[name] = scores.metric(name)
             records.append(list(scores.records()))
         return records
 
+    def _cut(self, count: int) -> None:
+        sentence = f"{count} questions are longer than the model takes, and lost their beginning"
+        self._events.write(sentence, level="warn")
+
     def _progress(self, done: int, total: int) -> None:
+        """``done`` of ``total`` of the present phase."""
         if (self.spec.directory / rundir.STOP).exists():
             raise _Stopped
         now = time.monotonic()
         if now - self._told > 2:
             self._told = now
-            left = (now - self._began) / done * (total - done)
+            step, steps = self._done * total + done, self._phases * total
+            left = (now - self._began) / step * (steps - step)
+            times = f", each {self._phases} times" if self._phases > 1 else ""
             self._events.write(
-                f"{done} of {total} questions", type="progress", step=done, total_steps=total,
-                seconds_left=round(left, 1),
+                f"{step} of {steps} questions{times}",
+                type="progress", step=step, total_steps=steps, seconds_left=round(left, 1), saved=True,
             )  # fmt: skip
 
     def _write(self, questions: list[Question], records: list[list[dict[str, Any]]]) -> Path:

@@ -25,8 +25,9 @@ class Scorer:
     """Scores items by a model, which must be in evaluation mode; with a ``controller`` by configurations.
 
     What was scored once is remembered, by configuration and item: a slice of items that grows costs only
-    what is new in it. ``way``: how, see :class:`~comps.tuning.evaluation.engine.Engine`; the fastest that
-    the model allows, unless a slower one is asked for.
+    what is new in it, until :meth:`forget`. ``way``: how, see
+    :class:`~comps.tuning.evaluation.engine.Engine`; the fastest that the model allows, unless a slower one is
+    asked for.
     """
 
     def __init__(
@@ -47,6 +48,15 @@ class Scorer:
     def way(self) -> str:
         """How items are scored: ``fused``, ``packed`` or ``padded``."""
         return self._engine.way
+
+    @property
+    def known(self) -> dict[tuple[Configuration | None, str], ItemScore]:
+        """What was scored, by configuration and :attr:`Item.key`; more may be put in."""
+        return self._known
+
+    def forget(self) -> None:
+        """Free what is remembered."""
+        self._known.clear()
 
     def score(
         self,

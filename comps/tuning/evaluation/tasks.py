@@ -95,8 +95,8 @@ def _aqua(row: Record) -> Record:
 
 _HUB = {
     "boolq": Hub("google/boolq", "validation", _boolq),
-    "piqa": Hub("ybisk/piqa", "validation", _piqa),
-    "social_i_qa": Hub("allenai/social_i_qa", "validation", _social),
+    "piqa": Hub("baber/piqa", "validation", _piqa),
+    "social_i_qa": Hub("lighteval/siqa", "validation", _social),
     "hellaswag": Hub("Rowan/hellaswag", "validation", _hellaswag),
     "winogrande": Hub("allenai/winogrande", "validation", _winogrande, "winogrande_xl"),
     "ARC-Easy": Hub("allenai/ai2_arc", "test", _arc, "ARC-Easy"),
@@ -104,7 +104,7 @@ _HUB = {
     "openbookqa": Hub("allenai/openbookqa", "test", _openbook, "main"),
     "gsm8k": Hub("openai/gsm8k", "test", _gsm8k, "main"),
     "SVAMP": Hub("ChilleD/SVAMP", "test", _svamp),
-    "mawps": Hub("mwpt5/MAWPS", "train", _mawps),
+    "mawps": Hub("mwpt5/MAWPS", "train", _mawps),  # it has no other split
     "AQuA": Hub("deepmind/aqua_rat", "test", _aqua, "raw"),
 }
 
@@ -146,12 +146,17 @@ def load_task(name: str, directory: Path, *, texts: bool = False, choices: bool 
 
 
 def check_on_hub(name: str, directory: Path) -> None:
-    """Raises :class:`DataError` when the hub does not say that it has the task ``name``, which ``directory``
-    has not."""
+    """Raises :class:`DataError` when the hub does not say that it has files of the task ``name``, which
+    ``directory`` has not. (Data sets that are a program, as some were, are not loaded any more.)"""
     from huggingface_hub import HfApi
 
     with _of_hub(name, directory):
-        HfApi().dataset_info(_HUB[name].path, timeout=30, token=False)
+        found = HfApi().dataset_info(_HUB[name].path, timeout=30, token=False)
+    files = [sibling.rfilename for sibling in found.siblings or ()]
+    if not any(file.endswith((".parquet", ".json", ".jsonl", ".csv", ".arrow")) for file in files):
+        raise DataError(
+            f"the data set {_HUB[name].path!r} on the Hugging Face hub has no files of data", param="task"
+        )
 
 
 def _rows(name: str, hub: Hub, directory: Path) -> Iterable[Record]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from comps.tuning.data.tokenise import Row
 from comps.tuning.elastic.model import ElasticController, load_adapter, make_elastic
 from comps.tuning.elastic.read_space import load_space
 from comps.tuning.elastic.space import SearchSpace
-from comps.tuning.errors import DataError
+from comps.tuning.errors import AdapterError, DataError
 from comps.tuning.evaluation.items import Item, Items
 from comps.tuning.evaluation.questions import read_questions
 from comps.tuning.evaluation.scorer import Scorer
@@ -70,7 +72,13 @@ class Candidates:
     ) -> list[list[float]]:
         """The values of the items from ``first`` up to ``last``. ``progress`` may raise, to stop."""
         found = self.scorer.score(self.items[first:last], configs, progress)
-        return [scores.per_item(self.metric) for scores in found]
+        self.scorer.forget()  # the search's ledger remembers
+        values = [scores.per_item(self.metric) for scores in found]
+        if not all(math.isfinite(value) for each in values for value in each):
+            raise AdapterError(
+                "the model's log-likelihoods are not finite numbers; has its training diverged?"
+            )
+        return values
 
 
 def open_candidates(spec: SearchSpec) -> Candidates:
@@ -84,15 +92,28 @@ def open_candidates(spec: SearchSpec) -> Candidates:
     base = load_base_model(spec.base_model, device=spec.resources.device)
     linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear | Conv1D))
     items, metric = _items(spec, tokenizer, base)
+    fingerprint = _fingerprint(base)
     model, controller = load_elastic(base, spec.super_adapter, space)
     elastic = space.ranks
     plain = sum(m.rank * m.parameters_per_rank for name, m in adapter.modules.items() if name not in elastic)
     with open(adapter.weights, "rb") as stream:
         weights = hashlib.file_digest(stream, "sha256").hexdigest()
+    about = hashlib.sha256(f"{weights}/{json.dumps(adapter.config, sort_keys=True)}/{fingerprint}".encode())
     searched = min(spec.items or min(_ITEMS, -(-2 * len(items) // 3)), len(items))
-    key = f"{weights}/{items.hash}/{metric}"  # of all of them: their order is the same for every search
+    # Of all items: their order is the same for every search.
+    key = f"{about.hexdigest()}/{items.hash}/{metric}"
     items = items[: max(searched, spec.all_items or 4 * searched)]
     return Candidates(space, items, searched, metric, key, plain, linear, Scorer(model, controller))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A hash of about a thousand numbers of each weight: of another base model it is another one."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 1000)].float().cpu()
+        digest.update(f"{name}{list(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_elastic(

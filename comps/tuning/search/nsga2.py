@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.core.mutation import Mutation
 from pymoo.core.problem import Problem as PymooProblem
 from pymoo.core.termination import NoTermination
 from pymoo.operators.crossover.sbx import SBX
-from pymoo.operators.mutation.pm import PM
 from pymoo.operators.repair.rounding import RoundingRepair
 from pymoo.operators.sampling.rnd import IntegerRandomSampling
 
 from comps.tuning.search.algorithms import Asking
 from comps.tuning.search.problem import Problem
 
-# Most polynomial steps are rounded back to where they began: of three ranks, at the usual eta of 20, all but
-# one in two hundred. At 2 a third of them stay, so that three tries for each child change one group of it.
-_ETA, _TRIES = 2.0, 3
 
+class AnotherRank(Mutation):  # type: ignore[misc]  # pymoo is untyped
+    """Each group of a child gets another of its ranks with a probability of one in as many as there are
+    groups with a choice, so that one group changes on average. (Polynomial steps, as is usual, are mostly
+    rounded back to where they began: of three ranks, at the usual eta of 20, all but one in two hundred.)"""
 
-def mutation(groups: int) -> Mutation:
-    """Polynomial mutation that really changes about one group of each child. (pymoo from 0.6 has to be told
-    both: ``prob`` is that of a child being mutated at all, ``prob_var`` that of each of its groups.)"""
-    return PM(prob=1.0, prob_var=min(0.9, _TRIES / groups), eta=_ETA, repair=RoundingRepair())
+    def _do(self, problem: Any, X: Any, *_: Any, random_state: Any, **__: Any) -> Any:
+        sizes = (problem.xu - problem.xl + 1).astype(int)
+        chosen = random_state.random(X.shape) < 1 / max(1, (sizes > 1).sum())
+        steps = 1 + (random_state.random(X.shape) * (sizes - 1)).astype(int)  # to any but itself
+        return np.where(chosen & (sizes > 1), (X + steps) % sizes, X)
 
 
 def nsga2(problem: Problem) -> Asking:
@@ -40,7 +43,7 @@ def nsga2(problem: Problem) -> Asking:
         pop_size=problem.population,
         sampling=drawn,
         crossover=SBX(prob=0.9, eta=10, repair=RoundingRepair()),
-        mutation=mutation(len(last)),
+        mutation=AnotherRank(),
         eliminate_duplicates=True,
     )
     search.setup(space, termination=NoTermination(), seed=problem.seed, verbose=False)

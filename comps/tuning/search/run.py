@@ -68,13 +68,10 @@ class _Search:
             events.write(f"Resuming: {self._ledger.found} batches were scored before")
 
     def _model(self) -> Any:
-        """What the training has taught; ``None`` where it has not and is not needed."""
-        try:
-            return learned.load_model(self._spec.super_adapter, self._candidates.space)
-        except AdapterError:
-            if self._spec.algorithm == "learned":
-                raise
+        """What the training has taught, where it is needed."""
+        if self._spec.algorithm != "learned":
             return None
+        return learned.load_model(self._spec.super_adapter, self._candidates.space)
 
     def _cost(self, config: Config) -> float:
         counted = self._candidates.macs if self._spec.cost == "macs" else self._candidates.parameters
@@ -106,6 +103,13 @@ class _Search:
             step=spec.num_evals, total_steps=spec.num_evals, seconds_left=0,
         )  # fmt: skip
         return result | {"path": str(spec.directory / rundir.OUTPUT)}
+
+    @property
+    def _chosen_by(self) -> int:
+        """So many of the first items say which finalist is best: those of the search, and half of the others.
+        The rest say what it is worth; by items that it was chosen by, it would seem better than it is."""
+        searched, total = self._candidates.searched, len(self._candidates.items)
+        return searched + (total - searched) // 2
 
     def _taught(self) -> Choice | None:
         try:
@@ -143,9 +147,10 @@ class _Search:
     ) -> dict[str, Any]:
         spec, searched, total = self._spec, self._candidates.searched, len(self._candidates.items)
         final = [self._final(choice) for choice in finalists]
-        winner = max(
-            range(len(final)), key=lambda i: (final[i]["rescored"]["score"], -final[i][spec.cost], -i)
-        )
+        scores = [
+            self._mean(self._problem.config(choice), 0, self._chosen_by)["score"] for choice in finalists
+        ]
+        winner = max(range(len(final)), key=lambda i: (scores[i], -final[i][spec.cost], -i))
         return {
             "algorithm": spec.algorithm,
             "metric": self._candidates.metric,
@@ -156,6 +161,7 @@ class _Search:
             "halving": spec.halving,
             "items": searched,
             "all_items": total,
+            "chosen_by_items": self._chosen_by,
             "validation": spec.validation_name or "held out of the training's data",
             "configurations": len(self._spending.seen),
             "evaluations": {
@@ -181,16 +187,18 @@ class _Search:
         }
 
     def _final(self, choice: Choice) -> dict[str, Any]:
-        """The same, on all items, and on those alone that the search has not seen, beside the heuristic."""
+        """The same, on all items, and on those alone by which nothing was chosen, beside the heuristic."""
         config, heuristic = self._problem.config(choice), self._problem.space.heuristic
         searched, total = self._candidates.searched, len(self._candidates.items)
         names = [name for name, named in self._problem.named.items() if named == choice]
         entry = self._entry(choice) | {"names": names, "rescored": self._mean(config, 0, total)}
         if total > searched:
             pairs = zip(self._ledger.values[config], self._ledger.values[heuristic], strict=True)
-            gains = [self._candidates.sign * (ours - theirs) for ours, theirs in pairs][searched:total]
+            gains = [self._candidates.sign * (ours - theirs) for ours, theirs in pairs][
+                self._chosen_by : total
+            ]
             gain = mean(gains)
-            entry["fresh"] = self._mean(config, searched, total) | {
+            entry["fresh"] = self._mean(config, self._chosen_by, total) | {
                 "gain": gain.value,
                 "gain_stderr": _finite(gain.stderr),
             }
@@ -227,18 +235,22 @@ class _Search:
         sign = self._candidates.sign
         text = (
             f"Best of {result['configurations']} configurations: {result['metric']} "
-            f"{sign * found['rescored']['score']:.4f} +- {found['rescored']['stderr'] or math.nan:.4f} on "
+            f"{sign * found['rescored']['score']:.4f} +- {_shown(found['rescored']['stderr'])} on "
             f"{result['all_items']} items with {found['parameters']:,} parameters (heuristic: "
             f"{heuristic['parameters']:,})"
         )
         if (fresh := found.get("fresh")) is None:
             return f"{text}; all items were searched on, so the score is too good by an unknown amount"
         error = fresh["gain_stderr"]
-        text += f"; on the {fresh['scored_items']} items that the search did not see {fresh['gain']:+.4f}"
+        text += f"; on the {fresh['scored_items']} items that it was not chosen by {fresh['gain']:+.4f}"
         if error is None:
             return f"{text} over the heuristic"
         beyond = "" if abs(fresh["gain"]) > 2 * error else ", which is within the noise"
         return f"{text} +- {error:.4f} over the heuristic{beyond}"
+
+
+def _shown(error: float | None) -> str:
+    return "?" if error is None else f"{error:.4f}"
 
 
 def _finite(value: float) -> float | None:

@@ -1,0 +1,60 @@
+"""What an evaluation has found so far, on disk as soon as it is known: a killed one goes on from there.
+
+The file has one JSON array ``[key, value]`` in each line. A last line that a kill has torn is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from comps.tuning.failpoints import failpoint
+
+FILE = "found.jsonl"
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Notes:
+    """The notes in ``path``. ``found``: what was there at the start, by key."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written: dict[str, int] = {}
+        self.found: dict[str, Any] = {}
+        if not path.is_file():
+            return
+        whole = 0
+        with open(path, "rb") as stream:
+            for line in stream:
+                try:
+                    key, value = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                self.found[key] = value
+                whole += len(line)
+        os.truncate(path, whole)
+
+    def of(self, prefix: str) -> dict[str, Any]:
+        """What was found, of the keys that begin with ``prefix``, without it."""
+        return {
+            key.removeprefix(prefix): value for key, value in self.found.items() if key.startswith(prefix)
+        }
+
+    def add(self, prefix: str, values: Mapping[K, V], note: Callable[[K, V], tuple[str, Any]]) -> None:
+        """Write what is new in ``values``, a mapping that only grows and began with what :meth:`of` gave.
+        ``note`` makes a key and something for JSON of a pair."""
+        before = self._written.setdefault(prefix, len(self.of(prefix)))
+        new = [note(*pair) for pair in islice(values.items(), before, None)]
+        with open(self._path, "a", encoding="utf-8") as stream:
+            stream.write("".join(f"{json.dumps([prefix + key, value])}\n" for key, value in new))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._written[prefix] = before + len(new)
+        failpoint("evaluation-noted")
