@@ -48,6 +48,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+_AS_ASKED = ("texts", "algorithm", "num_evals", "population", "metric", "cost", "items", "seed")
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     directory, base = options.output_dir.resolve(), options.base_model_path.resolve()
