@@ -43,7 +43,7 @@ class Bench:
     work: Path
     rows: list[str] = field(default_factory=list)
 
-    def run(self, name: str, kind: str, **fields: Any) -> dict[str, Any]:
+    def run(self, name: str, kind: str, /, **fields: Any) -> dict[str, Any]:
         """The result of a run of ``kind`` in the directory ``name``, if need be of one that was there."""
         directory = self.work / name
         directory.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from fixtures_search import questions
 from fixtures_service import (
     ENDED,
     MODEL,
+    RECORDS,
     create,
     directory_of,
     local_head,
@@ -125,7 +126,8 @@ def test_a_search_by_questions_leaves_its_report_over_http(service: ServiceProce
 
 
 def test_a_search_that_cannot_be_scored_fails_with_a_sentence(service: ServiceProcess, source: str) -> None:
-    search = begin(service, source, validation_file=upload(service), metric="acc")
+    other = upload(service, RECORDS[:-1], "nothing-to-choose.json")  # than what was trained on
+    search = begin(service, source, validation_file=other, metric="acc")
     deadline = time.monotonic() + 120
     while (found := look(service, search))["status"] not in ENDED and time.monotonic() < deadline:
         time.sleep(0.2)
