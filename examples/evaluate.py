@@ -40,8 +40,8 @@ def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
             return found
     except urllib.error.HTTPError as error:
         sys.exit(json.load(error)["detail"])
-    except urllib.error.URLError as error:
-        sys.exit(f"No service answers at {url}: {error.reason}. Is it running (make serve)?")
+    except (urllib.error.URLError, ValueError) as error:
+        sys.exit(f"No service answers at {url}: {error}. Is it running (make serve)?")
 
 
 def main() -> None:
@@ -61,9 +61,9 @@ def main() -> None:
     body: dict[str, Any] = {"choices": options.choices}
     body |= {"model": options.model} if options.model else {"fine_tuning_job_id": options.job}
     body |= {"adapter_version": options.version} if options.version else {}
-    body |= {"limit": options.limit} if options.limit else {}
+    body |= {"limit": options.limit} if options.limit is not None else {}
     tasks = options.tasks.split(",") if options.tasks else TASKS[options.kind]
-    base = f"{options.url}/v1/evaluations"
+    base = f"{options.url.rstrip('/')}/v1/evaluations"
     begun = [ask(base, {**body, "task": task}) for task in tasks]
     failed = False
     for evaluation in begun:

@@ -96,6 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
                 config=tuple(result["best"]["config"]), output=directory / "best",
             )
         )  # fmt: skip
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on.", file=sys.stderr)
+        return 130
     except TuningError as error:
         print(error, file=sys.stderr)
         return 1

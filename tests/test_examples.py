@@ -11,10 +11,14 @@ from typing import Any
 
 import peft
 import pytest
+from fixtures_models import save_tiny_model
+from fixtures_quantised import spec
 from fixtures_search import make_super_adapter, write_questions
 from transformers import AutoModelForCausalLM
 
 from comps.tuning.data.records import validate_file
+from comps.tuning.quantised.quantize import quantize
+from comps.tuning.spec import GridSpec
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -28,6 +32,18 @@ def run(script: str, *arguments: str | Path) -> str:
 def load(name: str) -> list[dict[str, str]]:
     records: list[dict[str, str]] = json.loads((EXAMPLES / "data" / name).read_text(encoding="utf-8"))
     return records
+
+
+def test_an_openvino_model_answers_rows_of_different_lengths(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    save_tiny_model(tmp_path / "base")
+    made = quantize(spec(tmp_path, grid=GridSpec(group_size=32), openvino=True))
+    assert made is not None
+    command = [made["openvino"]["path"], "--max-new-tokens", "3"]
+    both = run("run_openvino.py", *command, "Add.", "A much longer instruction than the other one.")
+    alone = run("run_openvino.py", *command, "Add.")
+    assert both.startswith(alone)
+    assert both.count("\n") > alone.count("\n")
 
 
 def test_the_shipped_bookings_are_what_the_generator_makes(tmp_path: Path) -> None:

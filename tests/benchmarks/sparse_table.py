@@ -25,8 +25,7 @@ from typing import Any
 
 from comps.tuning.export.base_files import find_base
 from comps.tuning.models.weights import read_headers, weights_files
-from comps.tuning.quantised.files import is_quantised
-from comps.tuning.sparse.report import sparsity_of_directory
+from comps.tuning.sparse.report import is_quantised, sparsity_of_directory
 from comps.tuning.spec import ModelSpec
 from tests.benchmarks.machine import describe, sgemm
 

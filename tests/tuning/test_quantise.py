@@ -196,10 +196,13 @@ def test_the_openvino_model_computes_what_torch_computes(mode, tmp_path):
         mask = torch.ones_like(ids)
         mask[0, padding] = 0
         with torch.no_grad():
-            expected = model(input_ids=ids, attention_mask=mask).logits
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
         logits_there = torch.from_numpy(compiled(inputs)[0])
         assert torch.allclose(logits_there[mask == 1], expected[mask == 1], atol=2e-3)
+        alone = model(input_ids=ids[:1, mask[0] == 1]).logits.detach()
+        assert torch.allclose(logits_there[:1, mask[0] == 1], alone, atol=2e-3)
 
 
 @pytest.mark.parametrize("method", ["nearest", "gptq"])

@@ -40,6 +40,7 @@ from comps.tuning.errors import NO_OPENVINO, AdapterError
 from comps.tuning.export.adapter import CONFIG, read_json
 from comps.tuning.rundir import OUTPUT
 from comps.tuning.search import learned
+from comps.tuning.sparse.report import is_quantised
 from comps.tuning.spec import ExtractSpec, MergeSpec, ModelSpec, TrainSpec
 
 MERGED = "merged_model"
@@ -216,6 +217,12 @@ def create_merge(
                 param="openvino",
             )
     if source.base_model.local:
+        if is_quantised(Path(source.base_model.path)) and not quantisation_aware(adapter):
+            raise InvalidRequest(
+                f"The base model of {source} has integer weights, into which an adapter can be merged only "
+                "if it was trained with quantization_aware. Use it beside its base model.",
+                param="fine_tuning_job_id" if request.fine_tuning_job_id else "model",
+            )
         catalog.check_mergeable(Path(source.base_model.path))
     job_id = new_id("merge")
     output = (source.output / version if version else source.output) / MERGED

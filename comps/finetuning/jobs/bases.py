@@ -27,6 +27,7 @@ from comps.finetuning.settings import Settings
 from comps.finetuning.store.database import Database
 from comps.finetuning.store.tables import FileRow, JobRow, new_id
 from comps.tuning.rundir import OUTPUT
+from comps.tuning.sparse.report import is_quantised
 from comps.tuning.spec import CalibrationSpec, GridSpec, ModelSpec, PruneSpec, QuantizeSpec, ResourcesSpec
 
 
@@ -113,6 +114,11 @@ def look_up(
             file = find_data_file(session, request.calibration_file, owner, "calibration_file")
     # Files are read outside any transaction, so that a slow disk holds nobody up.
     if base_model.local:
+        if is_quantised(Path(base_model.path)):
+            raise InvalidRequest(
+                f"The model {request.model!r} has integer weights; take the model that it was made of.",
+                param="model",
+            )
         check = catalog.check_trainable if needs_data else catalog.check_causal
         check(Path(base_model.path), base_model.trust_remote_code)
     return base_model, file

@@ -8,7 +8,7 @@ from pathlib import Path
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from comps.cores.errors import InvalidRequest, NotFound
+from comps.cores.errors import Conflict, InvalidRequest, NotFound
 from comps.finetuning import catalog
 from comps.finetuning.jobs.adapters import (
     Source,
@@ -21,7 +21,14 @@ from comps.finetuning.jobs.adapters import (
     source_of_job,
 )
 from comps.finetuning.jobs.create import check_queue
-from comps.finetuning.jobs.find import find_base_model, find_data_file, find_job, find_model, visible
+from comps.finetuning.jobs.find import (
+    QUESTIONS_PURPOSES,
+    find_base_model,
+    find_data_file,
+    find_job,
+    find_model,
+    visible,
+)
 from comps.finetuning.jobs.found import BEST, is_searched
 from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.states import add_event
@@ -125,7 +132,7 @@ def _task(request: EvaluationRequest) -> str | None:
 
 
 def _file(session: Session, request: EvaluationRequest, owner: Owner) -> FileRow | None:
-    return find_data_file(session, request.file, owner, "file") if request.file else None
+    return find_data_file(session, request.file, owner, "file", QUESTIONS_PURPOSES) if request.file else None
 
 
 def _subject(
@@ -159,9 +166,14 @@ def _version(
     named = BEST if request.search_id else "maximal"
     version = version or ("custom" if custom is not None else named)
     made = extraction(session, source, version)
-    searched = None
-    if made is None or request.search_id:  # what has been extracted under a name is what the name means
-        searched = searched_for(session, source, version, request.search_id, owner)
+    searched = searched_for(session, source, version, request.search_id, owner)
+    if searched and made and not request.search_id and searched[1] != made.config:
+        raise Conflict(
+            f"The version {version!r} of {source} was extracted with another configuration"
+            + (f" (of the search {made.search})" if made.search else "")
+            + f" than the newest search has found ({searched[0]}); say which with search_id.",
+            param="adapter_version",
+        )
     by_rule = version in NAMED or version == learned.VERSION or is_searched(version)
     if made is None and custom is None and not by_rule:
         raise NotFound(

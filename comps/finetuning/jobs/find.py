@@ -20,6 +20,7 @@ from comps.finetuning.store.tables import CheckpointRow, FileRow, JobRow, ModelR
 from comps.tuning.spec import ModelSpec
 
 DATA_PURPOSE = "fine-tune"
+QUESTIONS_PURPOSES = (DATA_PURPOSE, "evals")
 
 _SHOWN = 80
 
@@ -86,19 +87,21 @@ def find_upload(session: Session, upload_id: str, owner: Owner) -> UploadRow:
     return row
 
 
-def find_data_file(session: Session, name: str, owner: Owner, param: str) -> FileRow:
-    """A stored file by its id, or the newest by its name, that was uploaded to be trained on. By name the
-    caller's own go before all that they see besides.
+def find_data_file(
+    session: Session, name: str, owner: Owner, param: str, purposes: tuple[str, ...] = (DATA_PURPOSE,)
+) -> FileRow:
+    """A stored file by its id, or the newest by its name, that was uploaded for one of ``purposes``. By name
+    the caller's own go before all that they see besides.
 
     Raises :class:`NotFound`, or :class:`InvalidRequest` for a file of another purpose.
     """
     own = FileRow.owner.is_not_distinct_from(owner.id)
-    newest = (FileRow.purpose == DATA_PURPOSE).desc(), own.desc(), FileRow.created_at.desc(), FileRow.id
+    newest = FileRow.purpose.in_(purposes).desc(), own.desc(), FileRow.created_at.desc(), FileRow.id
     usable = usable_files(owner)
     row = session.scalar(usable.where(FileRow.id == name)) or session.scalar(
         usable.where(FileRow.filename == name).order_by(*newest).limit(1)
     )
-    if row is not None and row.purpose != DATA_PURPOSE:
+    if row is not None and row.purpose not in purposes:
         raise InvalidRequest(
             f"{param}: the file {name[:_SHOWN]!r} was uploaded with the purpose {row.purpose!r}; "
             f"upload it with the purpose {DATA_PURPOSE!r} to use it as data.",

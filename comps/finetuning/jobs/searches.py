@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from comps.cores.errors import InvalidRequest, NotFound
 from comps.finetuning.jobs.adapters import Source, capital, find_source
 from comps.finetuning.jobs.create import check_queue
-from comps.finetuning.jobs.find import find_data_file, visible
+from comps.finetuning.jobs.find import QUESTIONS_PURPOSES, find_data_file, visible
 from comps.finetuning.jobs.found import ended_searches
 from comps.finetuning.jobs.repeats import Repeat, claim, keep
 from comps.finetuning.jobs.states import add_event
@@ -121,7 +121,7 @@ def _validation_file(
 ) -> FileRow | None:
     """The file to score on: the request's, or the job's own; ``None`` for what the job has split off."""
     if request.validation_file:
-        file = find_data_file(session, request.validation_file, owner, "validation_file")
+        file = find_data_file(session, request.validation_file, owner, "validation_file", QUESTIONS_PURPOSES)
         seen = session.get(FileRow, training[0].training_file) if training else None
         if seen and file.sha256 == seen.sha256:
             raise InvalidRequest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from comps.finetuning.schemas.adapters import Version
 from comps.finetuning.schemas.tolerant import Count, Integer, Tolerant
@@ -13,6 +13,10 @@ from comps.finetuning.store.tables import JobRow
 from comps.tuning.spec import MetricName
 
 _FILE = "An uploaded file of questions: its id, or its name (the newest of it)"
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class EvaluationRequest(Tolerant):
@@ -41,9 +45,9 @@ class EvaluationRequest(Tolerant):
     )
     file: str | None = Field(None, min_length=1, max_length=1024, description=_FILE)
     task: str | None = Field(None, min_length=1, max_length=100, description="A built-in task")
-    metrics: Annotated[list[MetricName], Field(min_length=1, max_length=8)] | None = Field(
-        None, description="Absent: those that suit the questions"
-    )
+    metrics: (
+        Annotated[list[MetricName], BeforeValidator(_as_list), Field(min_length=1, max_length=8)] | None
+    ) = Field(None, description="Absent: those that suit the questions")
     metric: MetricName | None = Field(None, description="The same for a single one")
     choices: Literal["labels", "texts"] = Field(
         "labels", description="What LLM-Adapters' questions are answered with: `answer2`, or its text"
@@ -79,7 +83,8 @@ class MetricValue(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """One evaluation. ``metrics`` and ``items`` (how many questions) are there once it has succeeded."""
+    """One evaluation. ``config`` are the ranks at which a super-adapter is evaluated; ``metrics`` and
+    ``items`` (how many questions) are there once it has succeeded."""
 
     id: str
     object: Literal["evaluation"] = "evaluation"
@@ -89,6 +94,7 @@ class Evaluation(BaseModel):
     model: str
     fine_tuning_job_id: str | None
     adapter_version: str | None
+    config: list[int] | None
     file: str | None
     task: str | None
     seed: int
@@ -111,6 +117,7 @@ class Evaluation(BaseModel):
             model=job.request.get("model") or job.model,
             fine_tuning_job_id=job.request.get("fine_tuning_job_id"),
             adapter_version=job.version,
+            config=job.spec["config"],
             file=job.training_file,
             task=job.spec["task"],
             seed=job.seed,

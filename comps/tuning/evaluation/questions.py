@@ -94,12 +94,16 @@ def to_question(
     elif (labels := _labels(record)) and record.get("answer") is not None:
         question = _adapters(record, labels, where, texts)
     else:
-        question = Question(dict(record), where, value=_value(record.get("answer")))
+        asked = dict(record)
+        if "question" in record and "instruction" not in record and record.get("answer") is not None:
+            asked = {"instruction": record["question"], "input": record.get("input")}
+            asked["output"] = str(record["answer"])
+        question = Question(asked, where, value=_value(record.get("answer")))
     shape = shape_of(question.record)
     if shape is None or shape == "text":
         raise DataError(
-            f"{where}: is no question; it needs 'instruction' and 'output', 'prompt' and 'completion', or "
-            "'messages', or 'choices' with 'answer' in place of the response"
+            f"{where}: is no question; it needs 'question' and 'answer' (with 'choices' to choose from), "
+            "'instruction' and 'output', 'prompt' and 'completion', or 'messages'"
         )
     empty = check_record(question.record, shape, where)
     if empty and not (empty in ("output", "completion") and question.value):
@@ -130,9 +134,10 @@ def _listed(record: dict[str, Any], where: str) -> Question:
     answer = record.get("answer", record.get("answerKey"))
     right_place = _place(answer, listed, labels)
     if right_place is None:
+        given = f"the text {answer[:60]!r}" if isinstance(answer, str) else repr(str(answer)[:60])
         raise DataError(
             f"{where}: 'answer' must be the place (from 0 to {len(listed) - 1}) or the text of one of its "
-            f"{len(listed)} choices, not {str(answer)[:60]!r}"
+            f"{len(listed)} choices, not {given}"
         )
     right = listed[right_place]
     if "messages" in record:

@@ -67,7 +67,7 @@ class _Run:
         self._began = self._told = time.monotonic()
         self._notes = Notes(spec.directory / NOTES)
         self._phases, self._done = 1, 0  # in all, and those that are over
-        self._unscored = 0
+        self._count = self._unscored = 0  # questions
 
     def result(self) -> dict[str, Any]:
         questions, metrics = self._questions()
@@ -75,6 +75,7 @@ class _Run:
         model, controller = load_model(self.spec)
         how = self._how(model)
         self._events.write(f"Evaluating {len(questions)} questions by {', '.join(metrics)}{how}")
+        self._count = len(questions)
         if self._notes.found:
             self._events.write(f"Resuming: {len(self._notes.found)} answers or scores were there before")
         kinds = (GENERATED, CHOICE_METRICS, TOKEN_METRICS)
@@ -94,7 +95,11 @@ class _Run:
                 raise ModelError(f"{name} is no finite number; has the training of this model diverged?")
         path = self._write(questions, records)
         said = ", ".join(f"{name} {_shown(metric)}" for name, metric in values.items())
-        self._events.write(f"Evaluated {len(questions)} questions: {said}")
+        steps = self._phases * len(questions)
+        self._events.write(
+            f"Evaluated {len(questions)} questions: {said}",
+            type="progress", step=steps, total_steps=steps, seconds_left=0,
+        )  # fmt: skip
         return {
             "path": str(path),
             "metrics": {name: _plain(metric) for name, metric in values.items()},
@@ -117,8 +122,13 @@ class _Run:
                     spec.file, spec.file_name, texts=spec.texts, choices=needs_choices,
                     max_bytes=spec.max_record_bytes,
                 )  # fmt: skip
-                chosen = ("acc", "acc_norm") if all(each.choices for each in found) else TOKEN_METRICS
-                metrics = spec.metrics or chosen
+                bare = sum(not each.choices for each in found)
+                metrics = spec.metrics or (TOKEN_METRICS if bare else ("acc", "acc_norm"))
+                if 0 < bare < len(found) and not spec.metrics:
+                    sentence = (
+                        f"{bare} of {len(found)} questions have no choices, so the responses are scored"
+                    )
+                    self._events.write(sentence, level="warn")
         except DataError as error:
             param = error.param or ("task" if spec.task else "file")
             raise EvaluationDataError(error.message, param=param) from error
@@ -164,7 +174,13 @@ class _Run:
             found[name] = mean([float(each) for each in right[name]])
         for place, output in enumerate(outputs):
             where = questions[place].where
-            yield {"item": where, "output": output, **{name: int(right[name][place]) for name in metrics}}
+            expected = expected_response(questions[place].record)
+            yield {
+                "item": where,
+                "output": output,
+                "expected": expected,
+                **{name: int(right[name][place]) for name in metrics},
+            }
 
     def _scored(
         self,
@@ -220,17 +236,18 @@ class _Run:
         self._events.write(sentence, level="warn")
 
     def _progress(self, done: int, total: int) -> None:
-        """``done`` of ``total`` of the present phase."""
+        """``done`` of ``total`` of the present phase, whose others are known."""
         if (self.spec.directory / rundir.STOP).exists():
             raise _Stopped
         now = time.monotonic()
         if now - self._told > 2:
             self._told = now
-            step, steps = self._done * total + done, self._phases * total
-            left = (now - self._began) / step * (steps - step)
-            times = f", each {self._phases} times" if self._phases > 1 else ""
+            before = self._count - total  # known from an earlier attempt
+            step, steps = self._done * self._count + before + done, self._phases * self._count
+            left = (now - self._began) / (step - before) * (steps - step)
+            part = f" (part {self._done + 1} of {self._phases})" if self._phases > 1 else ""
             self._events.write(
-                f"{step} of {steps} questions{times}",
+                f"{before + done} of {self._count} questions{part}",
                 type="progress", step=step, total_steps=steps, seconds_left=round(left, 1), saved=True,
             )  # fmt: skip
 

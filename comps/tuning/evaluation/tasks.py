@@ -170,7 +170,7 @@ def _rows(name: str, hub: Hub, directory: Path) -> Iterable[Record]:
 @contextmanager
 def _of_hub(name: str, directory: Path) -> Iterator[None]:
     """Whatever a library does with what a network gives becomes a :class:`DataError`."""
-    missing = f"the task {name!r} is not in {directory.name}/{name}/test.json"
+    missing = f"the task {name!r} is not in {directory.name}/{name}/test.json (FINETUNING_TASKS_DIR)"
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         raise DataError(f"{missing}, and the Hugging Face hub is not asked (HF_HUB_OFFLINE)", param="task")
     try:

@@ -57,6 +57,7 @@ class _Tally:
         return {
             "before": before / weights,
             "after": after / weights,
+            "counted": "weights of the adapted modules",
             "layers": {
                 name: {"before": before / weights, "after": after / weights}
                 for name, (weights, before, after) in self.layers.items()
@@ -71,8 +72,9 @@ def merge(spec: MergeSpec) -> dict[str, Any]:
     or not at all, and replaces what was there. An adapted output head that was tied to the embeddings is
     untied, since the adapter does not act on the embeddings.
 
-    Returns ``{"path", "sparsity": {"before", "after", "layers": {module: {"before", "after"}}}, "tensors",
-    "merged_modules", "dtype"}``; sparsity is the fraction of exact zeros among the adapted weights.
+    Returns ``{"path", "sparsity": {"before", "after", "counted", "layers": {module: {"before", "after"}}},
+    "tensors", "merged_modules", "dtype"}``; sparsity is the fraction of exact zeros among the adapted
+    weights.
 
     Raises:
         AdapterError: the adapter is neither plain LoRA nor sparse, or belongs to another base model.

@@ -20,8 +20,8 @@ from transformers import (
 
 from comps.tuning.errors import ModelError
 from comps.tuning.export.files import has_tokenizer
-from comps.tuning.quantised.files import is_quantised
 from comps.tuning.quantised.load import load_quantised
+from comps.tuning.sparse.report import is_quantised
 from comps.tuning.spec import ModelSpec
 
 # Bars that redraw themselves fill a log with control characters.

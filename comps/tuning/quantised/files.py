@@ -61,11 +61,6 @@ def grid_facts(grid: Grid, transposed: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def is_quantised(directory: Path) -> bool:
-    """Whether the model in ``directory`` has the form of this module."""
-    return (directory / MANIFEST).is_file()
-
-
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest. Raises :class:`ModelError` when it is damaged."""
     try:

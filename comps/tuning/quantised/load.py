@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from comps.tuning.errors import ModelError
 from comps.tuning.export.base_files import BaseFiles, find_base, find_tensor
-from comps.tuning.quantised.files import METHOD, Reader, is_quantised, read_manifest
+from comps.tuning.quantised.files import METHOD, Reader, read_manifest
 from comps.tuning.quantised.grid import Steps
 from comps.tuning.quantised.modules import empty_model, layer_linears
+from comps.tuning.sparse.report import is_quantised
 from comps.tuning.spec import GridSpec, ModelSpec
 
 # What loaded models came with: their grid, and the steps of their modules.
@@ -70,7 +71,7 @@ def known_steps(model: PreTrainedModel, grid: GridSpec) -> Mapping[str, Steps]:
 def _same(name: str, found: GridSpec, asked: GridSpec) -> None:
     if (found.mode, found.group_size) != (asked.mode, asked.group_size):
         raise ModelError(
-            f"the base model {Path(name).name} is quantised to {found.mode} with group_size "
+            f"the base model is quantised to {found.mode} with group_size "
             f"{found.group_size}, not to {asked.mode} with {asked.group_size}",
             param="General.lora_config.quantization_aware",
         )

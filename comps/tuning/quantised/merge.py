@@ -18,11 +18,12 @@ from comps.tuning.export.adapter import Adapter
 from comps.tuning.export.base_files import BaseFiles, find_base, find_tensor
 from comps.tuning.export.files import TOKENIZER, copy_files, has_tokenizer
 from comps.tuning.quantised.aware import merged_integers
-from comps.tuning.quantised.files import METHOD, Reader, is_quantised
+from comps.tuning.quantised.files import METHOD, Reader
 from comps.tuning.quantised.grid import Steps
 from comps.tuning.quantised.load import check_grid
 from comps.tuning.quantised.modules import Target, empty_model, targets
 from comps.tuning.quantised.write import openvino_facts, stored_tensors, write_model
+from comps.tuning.sparse.report import is_quantised
 from comps.tuning.spec import GridSpec, MergeSpec
 
 

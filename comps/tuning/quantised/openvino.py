@@ -7,6 +7,7 @@ each call computes whole rows.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,10 +79,14 @@ class _Logits(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        more: dict[str, Any] = {}
+        if self._takes_positions:  # else padding on the left would count
+            more["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         logits: Tensor = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more
         ).logits
         return logits
 
@@ -96,7 +101,9 @@ def _convert(ov: Any, model: PreTrainedModel) -> openvino.Model:
         # Tracing warns of each comparison of shapes that it takes for a constant; the result is compared.
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ov.convert_model(_Logits(model), example_input=example)
+            converted = ov.convert_model(_Logits(model), example_input=example)
+            converted.output(0).get_tensor().set_names({"logits"})
+            return converted
     except Exception as error:  # whatever OpenVINO does with an architecture that it does not know
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -114,7 +114,11 @@ def sparsity(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
         before, after = (sum(facts[key] for facts in found) / total for key in ("zeros_before", "zeros"))
         return {"before": before, "after": after}
 
-    return of(counted.values()) | {"layers": {name: of([facts]) for name, facts in counted.items()}}
+    return (
+        of(counted.values())
+        | {"counted": "weights of 4 bits"}
+        | {"layers": {name: of([facts]) for name, facts in counted.items()}}
+    )
 
 
 def _write_rest(

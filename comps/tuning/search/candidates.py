@@ -145,7 +145,8 @@ def _items(spec: SearchSpec, tokenizer: PreTrainedTokenizerBase, model: PreTrain
     if len(items) < FEWEST_ITEMS:
         raise DataError(
             f"{spec.validation_name or 'what the training held out'} has {len(items)} usable record(s); to "
-            f"tell sub-adapters apart takes at least {FEWEST_ITEMS}, and some hundreds to do it well",
+            f"tell sub-adapters apart takes at least {FEWEST_ITEMS}, and some hundreds to do it well; give a "
+            "larger validation_file",
             param="validation_file",
         )
     order = list(range(len(items)))

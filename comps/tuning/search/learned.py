@@ -83,9 +83,8 @@ def read(directory: Path, space: SearchSpace) -> tuple[int, ...]:
     path = directory / FILE
     if not path.is_file():
         raise AdapterError(
-            f"there is no version {VERSION!r}: the training left no {FILE}, since it had fewer than "
-            f"{FEWEST_STEPS} steps, several configurations in a step, or was done elsewhere or before this "
-            "was noted",
+            f"there is no version {VERSION!r}: it takes a training of at least {FEWEST_STEPS} steps by this "
+            "service, with one configuration in each",
             param="adapter_version",
         )
     content = read_json(path)

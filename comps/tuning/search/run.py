@@ -64,6 +64,8 @@ class _Search:
             events.write(
                 f"{items.truncated} items are longer than the model takes and were cut", level="warn"
             )
+        if spec.items and spec.items > self._candidates.searched:
+            events.write(f"There are {self._candidates.searched} items, not {spec.items}", level="warn")
         if self._ledger.found:
             events.write(f"Resuming: {self._ledger.found} batches were scored before")
 
@@ -120,7 +122,7 @@ class _Search:
     def _tell(self, what: str, generation: int) -> None:
         spent, evals, ledger = float(self._spending.spent), self._spec.num_evals, self._ledger
         searched, total = self._candidates.searched, len(self._candidates.items)
-        left = (evals - spent) * searched + (self._spec.finalists + 4) * (total - searched)
+        left = max(0.0, evals - spent) * searched + (self._spec.finalists + 4) * (total - searched)
         seconds = ledger.seconds / ledger.scored * left if ledger.scored else None
         named = self._spending.score(self._problem.named["heuristic"], 0, searched)
         top = self._spending.score(self._front()[0], 0, searched)

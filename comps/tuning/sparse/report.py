@@ -98,6 +98,11 @@ def is_dense(base_model: str, fraction: float) -> str:
     )
 
 
+def is_quantised(directory: Path) -> bool:
+    """Whether the model there has integer weights of ours."""
+    return (directory / QUANTISED).is_file()
+
+
 def is_layer_linear(module: str) -> bool:
     """Whether a module with a weight matrix is, by its path, a linear module of a decoder layer."""
     found = _IN_A_LAYER.fullmatch(module)
@@ -109,7 +114,7 @@ def sparsity_of_directory(directory: Path) -> SparsityReport:
 
     Raises :class:`WeightsError`, with the rest of a sentence.
     """
-    if (directory / QUANTISED).is_file():
+    if is_quantised(directory):
         return _report(_zeros_of_integers(directory / QUANTISED))
     return _report(
         (header.name.removesuffix(".weight"), _zeros_in_file(header))
