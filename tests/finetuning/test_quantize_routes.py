@@ -92,7 +92,7 @@ def test_from_a_sparse_model_to_one_sparse_int4_model(ray_server: ServiceProcess
     merging = {"fine_tuning_job_id": plain["id"]}
     refused = ray_server.http.post("/v1/sqft/merge_adapter", json=merging, timeout=180)
     assert refused.status_code == 422
-    assert "is quantised" in refused.json()["detail"]
+    assert "has integer weights" in refused.json()["detail"]
     refused = ray_server.http.post("/v1/sqft/merge_adapter", json={**merging, "openvino": True})
     assert refused.json()["error"]["param"] == "openvino"
 
