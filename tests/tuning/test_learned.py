@@ -137,7 +137,7 @@ def test_a_training_too_short_to_tell_has_no_learned_version(spec: TrainSpec, tm
     training = spec.training.model_copy(update={"max_train_steps": 4})
     short = run(spec.model_copy(update={"directory": tmp_path, "training": training}))
     assert len(lines(short)) == 4
-    with pytest.raises(AdapterError, match="fewer than 10 steps"):
+    with pytest.raises(AdapterError, match="at least 10 steps"):
         learned.read(short.output, load_space(short.output))
 
 
