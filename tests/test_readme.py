@@ -75,7 +75,7 @@ def the_other_examples_run_as_written(service: ServiceProcess) -> None:
     requests = "".join(block for block in blocks("sh") if block.startswith("curl "))
     for command in re.findall(r"^curl .*?(?=^curl |\Z)", requests, flags=re.M | re.S):
         script = f"URL={service.url} JOB={trained}; {command}".replace("curl ", "curl -sS --fail-with-body ")
-        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=200)
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, command + done.stdout + done.stderr
         answer = json.loads(done.stdout)
         if answer.get("id", "").startswith(("eval", "search")):
