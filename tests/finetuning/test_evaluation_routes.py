@@ -177,6 +177,7 @@ def test_versions_of_a_super_adapter(server, file_id: str, database: Database, a
         ({"custom_config": [8, 5]}, 422, "custom_config", "needs 6 ranks (3 groups x 2 layers)"),
         ({"custom_config": [9] * 6}, 422, "custom_config", "must be one of 8, 5, 2"),
         ({"adapter_version": "minimal", "custom_config": [8] * 6}, 422, "custom_config", "minimal"),
+        ({"adapter_version": "maximal", "search_id": "search-1"}, 422, "search_id", "no other version"),
         ({"adapter_version": "best"}, 422, "adapter_version", "POST /v1/finetune/search begins one"),
         ({"adapter_version": "learned"}, 422, "adapter_version", "learned"),
         ({"adapter_version": "mine"}, 404, "adapter_version", "has not been extracted"),

@@ -73,10 +73,7 @@ def test_questions_that_cannot_be_scored_are_counted_and_told(base: Path, tmp_pa
     found = evaluate(asked)
     assert found is not None
     assert (found["items"], found["unscored"]) == (25, 0)
-    assert (
-        "1 questions are longer than the model takes, and lost their beginning"
-        in Run(asked.directory).messages
-    )
+    assert "1 questions with their responses exceed 500 tokens and were cut" in Run(asked.directory).messages
 
 
 def test_numbers_are_looked_for_only_where_some_are_expected(base: Path, tmp_path: Path) -> None:

@@ -60,6 +60,15 @@ GOOD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], int | Non
     "nothing to choose": (
         {"instruction": "Q", "output": "O"}, {"instruction": "Q", "output": "O"}, (), None,
     ),
+    "a question and its answer": (
+        {"question": "1 + 1?", "answer": 2}, {"instruction": "1 + 1?", "input": None, "output": "2"}, (),
+        None,
+    ),
+    "a chat that says its question again": (
+        {"messages": [*CHAT, {"role": "assistant", "content": "a"}], "question": "Q", "answer": "a"},
+        {"messages": [*CHAT, {"role": "assistant", "content": "a"}], "question": "Q", "answer": "a"}, (),
+        None,
+    ),
     "an empty response with an answer": (
         {"instruction": "Q", "output": "", "answer": "4"},
         {"instruction": "Q", "output": "", "answer": "4"}, (), None,
@@ -98,6 +107,24 @@ BAD: dict[str, tuple[dict[str, Any], bool, bool, str]] = {
     "no question": ({"choices": ["a", "b"], "answer": 0}, True, False, "no 'question'"),
     "an empty question": ({"question": "", "choices": ["a", "b"], "answer": 0}, True, False, "is empty"),
     "nothing to choose": ({"instruction": "Q", "output": "O"}, True, False, "nothing to choose from"),
+    "a question about what is left out": (
+        {"question": "Q", "answer": "A", "context": "C"},
+        False,
+        False,
+        "is no question",
+    ),
+    "labels listed otherwise": (
+        {
+            **ARC,
+            "instruction": ARC["instruction"]
+            .replace(": one", ":one")
+            .replace(": two", ":two")
+            .replace("Answer3: ", "Answer3:"),
+        },
+        True,
+        True,
+        "only the labels can be chosen from",
+    ),
     "plain text": ({"text": "T"}, False, False, "is no question"),
     "an empty response": ({"instruction": "Q", "output": ""}, False, False, "'output' is empty"),
     "another label": ({**ARC, "answer": "answer9"}, True, False, "one of answer1, answer2, answer3"),
@@ -126,7 +153,7 @@ def test_the_texts_of_the_labels_are_found_in_the_instruction() -> None:
     assert question.choices == ("one: 1", "two", "the Answer4: three")
     # True and false are texts themselves.
     question = to_question(BOOLQ, texts=True)
-    assert question.record["instruction"].endswith("question: is it?")
+    assert question.record["instruction"] == "is it?"
     assert (question.record["output"], question.choices, question.answer) == ("true", ("true", "false"), 0)
     assert to_question(BOOLQ).choices == ("the correct answer is true", "the correct answer is false")
 

@@ -156,9 +156,13 @@ def _version(
 ) -> tuple[str | None, tuple[int, ...] | None]:
     """The version's name and its ranks, if an adapter is to be set to any."""
     version, custom = asked_version(request), request.custom_config
+    if request.search_id and (custom is not None or (version and not is_searched(version))):
+        raise InvalidRequest(
+            "search_id goes with best and pareto-<k>, and with no other version.", param="search_id"
+        )
     if source is None or not source.elastic:
-        if version or custom is not None:
-            param = "adapter_version" if version else "custom_config"
+        if version or custom is not None or request.search_id:
+            param = "adapter_version" if version else "search_id" if request.search_id else "custom_config"
             raise InvalidRequest(
                 f"{param}: only a super-adapter has versions, and this model is none.", param=param
             )

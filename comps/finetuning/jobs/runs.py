@@ -39,6 +39,11 @@ from comps.tuning.failpoints import failpoint
 logger = logging.getLogger(__name__)
 
 _ALIVE = ("PENDING", "RUNNING")
+_RESUMED = {
+    "fine_tuning": " from its newest good checkpoint",
+    "search": " after its last batch",
+    "evaluate": " after its last batch",
+}
 _MORE_LOSSES = 2  # than deaths, before a job fails
 
 
@@ -250,9 +255,7 @@ class Runs:
             )  # fmt: skip
             return
         message = f"{what[0].upper()}{what[1:]} without a result; it is started again"
-        message += {"fine_tuning": " from its newest good checkpoint", "search": " after its last batch"}.get(
-            job.kind, ""
-        )
+        message += _RESUMED.get(job.kind, "")
         _queue_again(session, job, message)
 
     def _suspected(self, job: JobRow) -> str:

@@ -23,7 +23,7 @@ from comps.tuning.data.tokenise import eos_id, prompt_ids
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _LETTER = re.compile(r"\b[A-E]\b")
 _NEAR = 1e-3
-# The most likely token and nothing else, whatever a model's own generation_config asks for.
+# The most likely token, without the penalties that a model's own generation_config may ask for.
 _GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -77,17 +77,17 @@ def answers(
 
     ``records`` have passed ``shapes.check_record``; a chat is asked for its last message. Batches hold
     prompts of similar length, padded on the left. Answers end at the EOS token or after
-    ``max_new_tokens``. Of prompts that leave no room for an answer within the model's positions the
-    beginning is dropped, and ``cut`` is told of how many. ``progress`` gets (answered, to answer), and may
-    raise to stop. ``known`` are answers by a hash of their prompt's tokens: those there are not generated
-    again, and new ones are added before ``progress`` is called.
+    ``max_new_tokens``, or where the model's positions end; a quarter of these is for it at least: of longer
+    prompts the beginning is dropped, and ``cut`` is told of how many. ``progress`` gets (answered, to
+    answer), and may raise to stop. ``known`` are answers by a hash of their prompt's tokens: those there are
+    not generated again, and new ones are added before ``progress`` is called.
     """
     end = eos_id(tokenizer)
     rendered = [render(record, tokenizer) for record in records]
     prompts = prompt_ids(rendered, tokenizer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions:
-        room = max(1, positions - max_new_tokens)
+        room = max(1, positions - min(max_new_tokens, positions // 4))
         if cut is not None and (long := sum(len(ids) > room for ids in prompts)):
             cut(long)
         prompts = [ids[-room:] for ids in prompts]
@@ -97,7 +97,9 @@ def answers(
     order = sorted(missing, key=lambda key: len(missing[key]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        generated = _generate(model, [missing[key] for key in chosen], end, max_new_tokens)
+        longest = len(missing[chosen[-1]])
+        most = min(max_new_tokens, max(1, positions - longest)) if positions else max_new_tokens
+        generated = _generate(model, [missing[key] for key in chosen], end, most)
         for key, ids in zip(chosen, generated, strict=True):
             found[key] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
         if progress is not None:

@@ -74,9 +74,16 @@ class Items(Sequence[Item]):
         cls, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, data: DataSpec
     ) -> Items:
         """One item of one row for each question: the row that training makes of it by ``data``, scored
-        where training has loss. Rows without any such token are left out."""
+        where training has loss. Where ``data`` lets a prompt fill ``max_length``, a quarter is kept for the
+        response of those rows that are longer. Rows without any scored token are left out."""
         checked = [Checked(each.record, shape_of(each.record) or "alpaca", each.where) for each in questions]
-        rows = instruction_rows(checked, tokenizer, data)
+        rows = list(instruction_rows(checked, tokenizer, data))
+        cut = [place for place, row in enumerate(rows) if row.truncated]
+        if cut and data.max_source_length >= data.max_length:
+            shorter = data.model_copy(update={"max_source_length": data.max_length - data.max_length // 4})
+            again = instruction_rows([checked[place] for place in cut], tokenizer, shorter)
+            for place, row in zip(cut, again, strict=True):
+                rows[place] = row
         return cls(Item((row,), each.where) for row, each in zip(rows, questions, strict=True) if row.usable)
 
     @overload

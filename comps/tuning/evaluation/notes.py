@@ -50,7 +50,9 @@ class Notes:
     def add(self, prefix: str, values: Mapping[K, V], note: Callable[[K, V], tuple[str, Any]]) -> None:
         """Write what is new in ``values``, a mapping that only grows and began with what :meth:`of` gave.
         ``note`` makes a key and something for JSON of a pair."""
-        before = self._written.setdefault(prefix, len(self.of(prefix)))
+        if prefix not in self._written:
+            self._written[prefix] = len(self.of(prefix))
+        before = self._written[prefix]
         new = [note(*pair) for pair in islice(values.items(), before, None)]
         with open(self._path, "a", encoding="utf-8") as stream:
             stream.write("".join(f"{json.dumps([prefix + key, value])}\n" for key, value in new))

@@ -95,7 +95,8 @@ def to_question(
         question = _adapters(record, labels, where, texts)
     else:
         asked = dict(record)
-        if "question" in record and "instruction" not in record and record.get("answer") is not None:
+        alone = not {"context", "passage"} & record.keys()  # which would be left out
+        if shape_of(record) is None and "question" in record and record.get("answer") is not None and alone:
             asked = {"instruction": record["question"], "input": record.get("input")}
             asked["output"] = str(record["answer"])
         question = Question(asked, where, value=_value(record.get("answer")))
@@ -213,8 +214,9 @@ def _from_text(instruction: str, labels: list[str]) -> tuple[str, list[str]]:
     """The bare question, and the texts of the labels as far as they are listed in order. Labels that are not
     listed at all, as true and false, are texts themselves."""
     listed = _without_format(instruction)
-    if not any(f"{label[0].upper()}{label[1:]}: " in listed for label in labels):
-        return listed, labels
+    lead, colon, question = listed.partition(": ")
+    if not any(label[-1].isdigit() for label in labels):
+        return (question if lead.startswith("Please") and colon else listed).strip(), labels
     found = []
     for label in reversed(labels):
         before, mark, text = listed.rpartition(f"{label[0].upper()}{label[1:]}: ")

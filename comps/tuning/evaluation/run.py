@@ -210,8 +210,7 @@ class _Run:
                 items = Items.choices(questions, tokenizer, longest)
             else:
                 length = min(self.spec.max_length, longest or self.spec.max_length)
-                # A quarter is for the response, however long the prompt is.
-                data = DataSpec(train_file=Path(), max_length=length, max_source_length=length - length // 4)
+                data = DataSpec(train_file=Path(), max_length=length, max_source_length=length)
                 items = Items.responses(questions, tokenizer, data)
                 if not len(items):
                     sentence = "no question has a response within max_length"
@@ -222,8 +221,13 @@ class _Run:
                     f"{len(questions) - len(items)} of {len(questions)} questions have no response to score"
                 )
                 self._events.write(sentence, level="warn")
-            if items.truncated:
+            if items.truncated and names is CHOICE_METRICS:
                 self._cut(items.truncated)
+            elif items.truncated:
+                sentence = (
+                    f"{items.truncated} questions with their responses exceed {length} tokens and were cut"
+                )
+                self._events.write(sentence, level="warn")
             (scores,) = scorer.score(items, progress=progress)
             self._done += 1
             for name in wanted:

@@ -53,7 +53,7 @@ def check_grid(model: ModelSpec, grid: GridSpec) -> None:
     """Raises :class:`ModelError` for a model that is quantised to another grid than ``grid``."""
     if model.local and is_quantised(Path(model.path)):
         about = read_manifest(Path(model.path))
-        _same(model.name, GridSpec(mode=about["mode"], group_size=about["group_size"]), grid)
+        _same(GridSpec(mode=about["mode"], group_size=about["group_size"]), grid)
 
 
 def known_steps(model: PreTrainedModel, grid: GridSpec) -> Mapping[str, Steps]:
@@ -64,11 +64,11 @@ def known_steps(model: PreTrainedModel, grid: GridSpec) -> Mapping[str, Steps]:
     if model not in _STEPS:
         return {}
     found, steps = _STEPS[model]
-    _same(model.name_or_path, found, grid)
+    _same(found, grid)
     return steps
 
 
-def _same(name: str, found: GridSpec, asked: GridSpec) -> None:
+def _same(found: GridSpec, asked: GridSpec) -> None:
     if (found.mode, found.group_size) != (asked.mode, asked.group_size):
         raise ModelError(
             f"the base model is quantised to {found.mode} with group_size "

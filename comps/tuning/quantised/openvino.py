@@ -92,12 +92,12 @@ class _Logits(nn.Module):
 
 
 def _convert(ov: Any, model: PreTrainedModel) -> openvino.Model:
-    _use_linears(model)
-    # There PyTorch's fused attention makes NaN of a token that may see nothing, as in padding on the left.
-    model.set_attn_implementation("eager")
     ids = torch.ones(2, 8, dtype=torch.long)
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
+        _use_linears(model)
+        # There PyTorch's fused attention makes NaN of a token that may see nothing, as in left padding.
+        model.set_attn_implementation("eager")
         # Tracing warns of each comparison of shapes that it takes for a constant; the result is compared.
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

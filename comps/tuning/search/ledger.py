@@ -1,7 +1,8 @@
 """What was scored, item by item, on disk as soon as it is known: the memory of a search that may be killed.
 
-``evaluations.jsonl`` begins with ``{"key": ...}``, a hash of adapter, items and metric; each further line is
-one batch, ``{"first": 0, "last": 38, "configs": [[16, ...], ...], "values": [[1.0, ...], ...]}``: a value for
+``evaluations.jsonl`` begins with ``{"key": ...}``, a hash of base model, adapter, items and metric; each
+further line is one batch,
+``{"first": 0, "last": 38, "configs": [[16, ...], ...], "values": [[1.0, ...], ...]}``: a value for
 each item from ``first`` up to ``last`` and each configuration. Items are always scored in order, so what is
 known of a configuration are the values of the first so many. A search that is started again asks for the same
 things and finds them here.

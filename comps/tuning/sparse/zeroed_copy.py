@@ -71,7 +71,7 @@ class ZeroedCopy:
                 stored: Tensor = tensors.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"the base model {self._base.name} cannot be read: {error}") from error
-        if not stored.isfinite().all():
+        if not stored.float().isfinite().all():
             raise ModelError(
                 f"the base model {self._base.name} cannot be pruned: {module} has weights that are not finite"
             )
