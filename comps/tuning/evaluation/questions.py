@@ -211,8 +211,8 @@ def _adapters(record: dict[str, Any], labels: list[str], where: str, texts: bool
 
 
 def _from_text(instruction: str, labels: list[str]) -> tuple[str, list[str]]:
-    """The bare question, and the texts of the labels as far as they are listed in order. Labels that are not
-    listed at all, as true and false, are texts themselves."""
+    """The bare question, and the texts of the labels as far as they are listed in order. Labels without
+    a number, as true and false, are texts themselves."""
     listed = _without_format(instruction)
     lead, colon, question = listed.partition(": ")
     if not any(label[-1].isdigit() for label in labels):

@@ -246,7 +246,7 @@ class _Run:
         now = time.monotonic()
         if now - self._told > 2:
             self._told = now
-            before = self._count - total  # known from an earlier attempt
+            before = self._count - total  # known from an earlier attempt, or not to be scored
             step, steps = self._done * self._count + before + done, self._phases * self._count
             left = (now - self._began) / (step - before) * (steps - step)
             part = f" (part {self._done + 1} of {self._phases})" if self._phases > 1 else ""
