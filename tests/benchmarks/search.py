@@ -5,12 +5,12 @@ r"""Is a search worth it? Base, LoRA, the named sub-adapters and what each searc
 
 For each seed a plain LoRA of rank 16 and an NLS super-adapter (three groups, ranks 16, 12, 8) are trained on
 the training questions but for the last ``--held-out`` ones, which are all that any search sees: ``--items``
-of them while it searches, all of them for its finalists. Then everything is scored once on the test split,
-which no choice has seen (``acc_norm`` and the loss of the right answer, the choices' texts, the prompts of
-training). ``learned`` is what the training itself speaks for; its additive model is also compared with the
-real scores of random configurations (Spearman's rank correlation). A search is by the loss of the right
-answers unless ``--metric`` says otherwise: it costs less than scoring all choices, and is far less noisy. All
-that is done is kept in ``--directory``, and is not done again by the next call.
+of them while it searches, ``--all-items`` for its finalists. Then everything is scored once on the test
+split, which no choice has seen: ``acc_norm`` of the choices' texts, and the loss of the responses, which is
+what training lowers and, unless ``--metric`` says otherwise, what searches go by (cheaper than all choices,
+and far less noisy). ``learned`` is what the training itself speaks for; its additive model is also compared
+with the real losses of random configurations (Spearman's rank correlation). All that is done is kept in
+``--directory``, and is not done again by the next call.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from comps.tuning.spec import (
 from examples.prepare_arc import to_instruction
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("up_proj",), ("down_proj",))
-METRICS = ("acc_norm", "loss")  # on the test split; loss: of the right answer, for each token
+METRICS = ("acc_norm", "loss")  # on the test split
 
 
 def parse() -> argparse.Namespace:
@@ -142,8 +142,12 @@ class Judge:
 
         self._options = options
         questions = read_questions(options.test, texts=True, choices=True, limit=options.test_items)
-        self._items = Items.choices(questions, load_tokenizer(base_model(options)), 2048)
-        self._path = options.directory / f"test-{len(self._items)}.json"
+        tokenizer = load_tokenizer(base_model(options))
+        self._items = (
+            Items.choices(questions, tokenizer, 2048),
+            Items.responses(questions, tokenizer, DataSpec(train_file=options.test)),
+        )
+        self._path = options.directory / f"test-{len(questions)}.json"
         self._known: dict[str, Values] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def scores(self, adapter: Path | None, configs: Sequence[tuple[int, ...] | None]) -> list[Values]:
@@ -163,9 +167,11 @@ class Judge:
                 model, controller = load_elastic(model, adapter, load_space(adapter))
             elif adapter is not None:
                 model = load_adapter(model, adapter)
-            scored = Scorer(model, controller).score(self._items, missing)
-            for config, found in zip(missing, scored, strict=True):
-                self._known[f"{adapter}/{config}"] = {name: found.per_item(name) for name in METRICS}
+            scorer = Scorer(model, controller)
+            scored = [scorer.score(items, missing) for items in self._items]
+            for config, *found in zip(missing, *scored, strict=True):
+                pairs = zip(METRICS, found, strict=True)
+                self._known[f"{adapter}/{config}"] = {name: each.per_item(name) for name, each in pairs}
             rundir.write_json(self._path, self._known)
         return [self._known[name] for name in names]
 
@@ -173,7 +179,7 @@ class Judge:
 def correlation(
     options: argparse.Namespace, super_adapter: Path, validation: Path, seed: int
 ) -> dict[str, float]:
-    """Spearman's of what the model predicts with real losses and acc_norm, of random configurations."""
+    """Spearman's of what the model predicts with the real losses of random configurations."""
     path = options.directory / f"seed-{seed}" / f"correlation-{options.correlate}.json"
     if path.is_file():
         known: dict[str, float] = json.loads(path.read_text())
@@ -188,7 +194,7 @@ def correlation(
         SearchSpec(
             job_id="correlation", directory=path.parent, super_adapter=super_adapter,
             base_model=base_model(options), data=DataSpec(train_file=validation), validation_file=validation,
-            texts=True, metric="acc_norm", items=options.items, all_items=options.items,
+            texts=True, metric="loss", items=options.items, all_items=options.items,
         )
     )  # fmt: skip
     space = candidates.space
@@ -198,15 +204,11 @@ def correlation(
     predicted = [additive.predict(model.effects, choice) for choice in choices]
     scores = candidates.scorer.score(candidates.items, configs)
     loss = [float(np.mean(each.per_item("loss"))) for each in scores]
-    accuracy = [float(np.mean(each.per_item("acc_norm"))) for each in scores]
     parameters = [space.parameters(config) for config in configs]
     found = {
         "loss": float(spearmanr(predicted, loss).statistic),
-        "acc_norm": float(spearmanr(predicted, [-each for each in accuracy]).statistic),
         "parameters with loss": float(spearmanr(parameters, [-each for each in loss]).statistic),
-        "loss with acc_norm": float(spearmanr(loss, [-each for each in accuracy]).statistic),
         "spread of loss": float(np.std(loss)),
-        "spread of acc_norm": float(np.std(accuracy)),
         "explained": model.explained,
         "steps": model.steps,
     }
