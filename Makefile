@@ -62,6 +62,7 @@ bench: model
 	$(BIN)/pip install -q --no-deps $(shell grep -oE 'trl==[0-9.]+' pyproject.toml)
 	$(BIN)/python -m tests.benchmarks.cost --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.training --model $(MODEL) --data $(DATA)
+	$(BIN)/python -m tests.benchmarks.step_profile --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.workers --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs elastic --model $(MODEL) --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.pairs packing --model $(MODEL) --data $(DATA)

@@ -1,6 +1,6 @@
 r"""Search a super-adapter's ranks without any service, as the original's documents do.
 
-    python -m examples.search --base_model_path data/models/HuggingFaceTB/SmolLM2-135M-Instruct \
+    python examples/search.py --base_model_path data/models/HuggingFaceTB/SmolLM2-135M-Instruct \
         --adapter_model_path data/jobs/ft-job-.../output --output_dir search --num_evals 50 --population 20 \
         --validation_file questions.json
 
@@ -19,15 +19,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds its own directory only
+
 from comps.tuning.errors import TuningError
 from comps.tuning.rundir import EVENTS, OUTPUT
 from comps.tuning.spec import DataSpec, ExtractSpec, ModelSpec, ResourcesSpec, SearchSpec
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m examples.search", description="Search a super-adapter's ranks."
-    )
+    parser = argparse.ArgumentParser(description="Search a super-adapter's ranks.")
     parser.add_argument("--base_model_path", type=Path, required=True)
     parser.add_argument("--adapter_model_path", type=Path, required=True, help="the super-adapter")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -64,19 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             validation_file=options.validation_file,
             validation_name=options.validation_file.name,
             resources=ResourcesSpec(cpus=options.threads),
-            **{
-                name: getattr(options, name)
-                for name in (
-                    "texts",
-                    "algorithm",
-                    "num_evals",
-                    "population",
-                    "metric",
-                    "cost",
-                    "items",
-                    "seed",
-                )
-            },
+            **{name: getattr(options, name) for name in _AS_ASKED},
         )
     except ValidationError as error:
         for fault in error.errors():

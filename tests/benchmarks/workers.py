@@ -15,6 +15,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.benchmarks.machine import Load, describe, layer_sgemm
 from tests.benchmarks.startup import JOB, phases
 from tests.service_process import ServiceProcess
@@ -43,6 +45,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     model = arguments.model.resolve()
+    torch.set_num_threads(2)
+    rate = layer_sgemm()
     with tempfile.TemporaryDirectory() as directory:
         models = str(model.parents[1])
         with closing(ServiceProcess(Path(directory), ray=True, FINETUNING_MODELS_DIR=models)) as service:
@@ -62,14 +66,13 @@ def main() -> None:
                 for name, (workers, cores) in WAYS.items()
             }  # fmt: skip
             run(service, bodies["1 worker, 2 cores"])
-            rates, load = [layer_sgemm()], Load()
+            load = Load()
             found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in bodies}
             for _ in range(arguments.repeats):
                 for name, body in bodies.items():
                     found[name].append(run(service, body))
-                rates.append(layer_sgemm())
             busy = load.others(0)
-    print(f"{describe()}; sgemm {min(rates):.0f} to {max(rates):.0f} GFLOP/s; cores busy {busy:.2f}\n")
+    print(f"{describe()}; sgemm before {rate:.0f} GFLOP/s; cores busy {busy:.2f}\n")
     print("| | rows each second | s to the first step's end | loss |\n|---|---|---|---|")
     for name, runs in found.items():
         speeds, starts, losses = zip(*runs, strict=True)

@@ -85,10 +85,14 @@ class Joined:
 
 
 class TreeDecoder:
-    """The stand-in for the forward of layer ``number``. It keeps nothing of a batch."""
+    """The stand-in for the forward of layer ``number``. It keeps nothing of a batch.
 
-    def __init__(self, parts: DecoderParts, number: int) -> None:
-        self._number = number
+    Of the ``last`` layer nothing is wanted but the tokens that something is predicted from (``sources``, if
+    they are given), so what comes after its attention is computed of these alone.
+    """
+
+    def __init__(self, parts: DecoderParts, number: int, last: bool = False) -> None:
+        self._number, self._last = number, last
         linears = parts.linears
         self._inputs, self._output = Joined(linears[:3]), Joined(linears[3:4])
         self._gate_up, self._down = Joined(linears[4:6]), Joined(linears[6:])
@@ -109,6 +113,7 @@ class TreeDecoder:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         tree: Tree | None = None,
         steps: Sequence[Step] | None = None,
+        sources: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
         """``hidden_states`` [1, P T, hidden] of packed copies; what is none is the layer's own affair.
@@ -133,9 +138,13 @@ class TreeDecoder:
         )
         heads = key.shape[2]
         found = attention(query.unflatten(2, (heads, -1)), key, value, tree, self._scaling)
-        x = self._output(found.reshape(len(x), -1), [each[cut:] for each in first.ranks], x)
+        found, tokens = found.reshape(len(x), -1), len(cos)
+        if self._last and sources is not None:
+            found, x = (e.unflatten(0, (copies, tokens))[:, sources].flatten(0, 1) for e in (found, x))
+            tokens = len(sources)
+        x = self._output(found, [each[cut:] for each in first.ranks], x)
 
-        x = _branch(x, second.parents, len(cos))
+        x = _branch(x, second.parents, tokens)
         cut = len(self._gate_up.adapters)
         both = self._gate_up(rms_norm(x, self._norms[1], self._eps)[0], [each[:cut] for each in second.ranks])
         gate, up = both.chunk(2, 1)

@@ -89,7 +89,7 @@ class Engine:
     @torch.inference_mode()
     def _packed(self, items: Sequence[Item]) -> list[RowScore]:
         batch = tree.pack(items, self._model.device)
-        return self._scored(batch, self._hidden(batch))
+        return self._scored(batch, self._hidden(batch)[batch.sources])
 
     @torch.inference_mode()
     def _fused(
@@ -101,12 +101,12 @@ class Engine:
             with self._at(config):
                 ranks.append([half for layer in self._layers for half in layer.ranks])
         steps, copies = plan(ranks)
-        hidden = self._hidden(batch, steps=steps)
-        found = [self._scored(batch, each) for each in hidden.split(batch.tokens)]
+        hidden = self._hidden(batch, steps=steps, sources=batch.sources)
+        found = [self._scored(batch, each) for each in hidden.split(len(batch.sources))]
         return [found[copy] for copy in copies]
 
     def _hidden(self, batch: tree.Packed, **others: Any) -> Tensor:
-        """``[copies * tokens, hidden]``, what the output head reads."""
+        """``[copies * tokens, hidden]``, what the output head reads; of fused layers the sources' only."""
         ones = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.ids.device)  # so that no mask is made
         hidden: Tensor = self._model.base_model(
             input_ids=batch.ids[None],
@@ -119,12 +119,16 @@ class Engine:
         return hidden
 
     def _scored(self, batch: tree.Packed, hidden: Tensor) -> list[RowScore]:
-        """The head only where a token is scored, in chunks."""
+        """From the hidden states of the batch's sources, in chunks of logits."""
         head = self._model.get_output_embeddings()
-        parts = []
         size = max(1, padded.CHUNK // self._model.config.get_text_config().vocab_size)
-        for source, label in zip(batch.sources.split(size), batch.labels.split(size), strict=True):
-            parts.append(padded.token_scores(head(hidden[source]), label))
+        parts = []
+        for start in range(0, len(hidden), size):
+            first, last = torch.searchsorted(
+                batch.predictors, torch.tensor([start, start + size], device=hidden.device)
+            ).tolist()
+            places, labels = batch.predictors[first:last] - start, batch.labels[first:last]
+            parts.append(padded.token_scores(head(hidden[start : start + size]), places, labels))
         found, greedy = (torch.cat(each)[batch.wanted] for each in zip(*parts, strict=True))
         return padded.row_scores(found, greedy, batch.of_row, batch.rows)
 
@@ -155,7 +159,7 @@ class Engine:
             return False  # their products have a mask, which these layers know nothing of
         for number, (layer, parts) in enumerate(layers):
             assert parts is not None
-            self._layers.append(TreeDecoder(parts, number))
+            self._layers.append(TreeDecoder(parts, number, last=number == len(layers) - 1))
             replace_forward(layer, self._layers[-1])
         if self._same(lambda: self._fused(_trial(self._model), [None])[0]):
             return True

@@ -5,13 +5,13 @@ The file has one JSON array ``[key, value]`` in each line. A last line that a ki
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from comps.tuning import appended
 from comps.tuning.failpoints import failpoint
 
 FILE = "found.jsonl"
@@ -26,20 +26,10 @@ class Notes:
         self._path = path
         self._written: dict[str, int] = {}
         self.found: dict[str, Any] = {}
-        if not path.is_file():
-            return
-        whole = 0
-        with open(path, "rb") as stream:
-            for line in stream:
-                try:
-                    key, value = json.loads(line)
-                except ValueError:
-                    break
-                if not line.endswith(b"\n"):
-                    break
-                self.found[key] = value
-                whole += len(line)
-        os.truncate(path, whole)
+        found, whole = appended.read(path)
+        self.found.update(found)
+        if path.exists():
+            os.truncate(path, whole)
 
     def of(self, prefix: str) -> dict[str, Any]:
         """What was found, of the keys that begin with ``prefix``, without it."""
@@ -54,9 +44,6 @@ class Notes:
             self._written[prefix] = len(self.of(prefix))
         before = self._written[prefix]
         new = [note(*pair) for pair in islice(values.items(), before, None)]
-        with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write("".join(f"{json.dumps([prefix + key, value])}\n" for key, value in new))
-            stream.flush()
-            os.fsync(stream.fileno())
+        appended.append(self._path, [(prefix + key, value) for key, value in new])
         self._written[prefix] = before + len(new)
         failpoint("evaluation-noted")

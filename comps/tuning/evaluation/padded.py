@@ -33,27 +33,29 @@ def score_rows(model: PreTrainedModel, rows: Sequence[Row]) -> list[RowScore]:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=before).logits
     else:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[before]
-    found, greedy = token_scores(logits.flatten(0, -2), ids[scored])
+    logits, labels = logits.flatten(0, -2), ids[scored]
+    size = max(1, CHUNK // logits.shape[-1])
+    parts = [
+        token_scores(part, torch.arange(len(part), device=part.device), label)
+        for part, label in zip(logits.split(size), labels.split(size), strict=True)
+    ]
+    found, greedy = (torch.cat(each) for each in zip(*parts, strict=True))
     of_row = torch.arange(len(rows), device=ids.device)[:, None].expand_as(scored)[scored]
     return row_scores(found, greedy, of_row, len(rows))
 
 
-def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """``logits`` [N, vocabulary], ``ids`` [N]: each id's log-likelihood, and whether it is the likeliest.
+def token_scores(logits: Tensor, places: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """``logits`` [N, vocabulary], which are used up, ``ids`` and ``places`` [M], whose of the N each is: each
+    id's log-likelihood, and whether it is the likeliest.
 
     Less the log-sum-exp, and not by ``log_softmax``, which in float32 is off by 1e-5 where the vocabulary is
     large: that adds up over a row's tokens.
     """
-    found = torch.empty(len(ids), dtype=torch.float32, device=ids.device)
-    greedy = torch.empty(len(ids), dtype=torch.bool, device=ids.device)
-    rows = max(1, CHUNK // logits.shape[-1])
-    for start in range(0, len(ids), rows):
-        part = slice(start, start + rows)
-        each = logits[part].float()
-        wanted = each.gather(1, ids[part, None])[:, 0]
-        found[part] = wanted - each.logsumexp(1)
-        greedy[part] = each.argmax(1) == ids[part]
-    return found, greedy
+    logits = logits.float()
+    wanted = logits[places, ids]
+    largest, likeliest = logits.max(1)
+    rest = logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
+    return wanted - rest[places], likeliest[places] == ids
 
 
 def row_scores(found: Tensor, greedy: Tensor, of_row: Tensor, rows: int) -> list[RowScore]:

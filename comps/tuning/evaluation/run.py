@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from comps.tuning import rundir
-from comps.tuning.data.prompts import expected_response
+from comps.tuning.data.prompts import expected_response, render
 from comps.tuning.elastic.model import ElasticController, load_adapter, make_elastic
 from comps.tuning.elastic.read_space import load_space
 from comps.tuning.errors import DataError, ModelError
@@ -93,7 +93,7 @@ class _Run:
         for name, metric in values.items():
             if not math.isfinite(metric.value):
                 raise ModelError(f"{name} is no finite number; has the training of this model diverged?")
-        path = self._write(questions, records)
+        path = self._write(questions, tokenizer, records)
         said = ", ".join(f"{name} {_shown(metric)}" for name, metric in values.items())
         steps = self._phases * len(questions)
         self._events.write(
@@ -255,9 +255,19 @@ class _Run:
                 type="progress", step=step, total_steps=steps, seconds_left=round(left, 1), saved=True,
             )  # fmt: skip
 
-    def _write(self, questions: list[Question], records: list[list[dict[str, Any]]]) -> Path:
-        """One line for each question, with what all of the metrics found out about it."""
-        lines: dict[str, dict[str, Any]] = {each.where: {"item": each.where} for each in questions}
+    def _write(
+        self,
+        questions: list[Question],
+        tokenizer: PreTrainedTokenizerBase,
+        records: list[list[dict[str, Any]]],
+    ) -> Path:
+        """One line for each question: what the model was given, and what all of the metrics found out."""
+        lines: dict[str, dict[str, Any]] = {}
+        for each in questions:
+            prompt = render(each.record, tokenizer, each.where).prompt
+            lines[each.where] = {"item": each.where, "prompt": prompt}
+            if each.choices:
+                lines[each.where]["choices"] = list(each.choices)
         for record in (record for part in records for record in part):
             lines[record["item"]] |= record
         output = self.spec.directory / rundir.OUTPUT

@@ -45,15 +45,17 @@ class Tree:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch of items. ``sources`` and ``labels`` ``[N]``: the distinct ids to be predicted, each from a
-    token; ``wanted`` ``[S]`` and ``of_row`` ``[S]``: for every scored token which of them, and whose it is,
-    with rows counted through all items."""
+    """A batch of items. ``sources`` ``[M]``: the tokens that something is predicted from; ``labels`` ``[N]``:
+    the distinct ids to be predicted, and ``predictors`` ``[N]``, in ascending order, which of the sources
+    predicts each; ``wanted`` ``[S]`` and ``of_row`` ``[S]``: for every scored token which of the labels it
+    is, and whose, with rows counted through all items."""
 
     ids: Tensor
     positions: Tensor
     tree: Tree
     sources: Tensor
     labels: Tensor
+    predictors: Tensor
     wanted: Tensor
     of_row: Tensor
     rows: int
@@ -110,12 +112,14 @@ def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> Packed:
     sources, labels, of_row = torch.tensor(scored, device=device).unbind(1)
     size = int(labels.max()) + 1
     code, wanted = torch.unique(sources * size + labels, return_inverse=True)
+    sources, predictors = torch.unique_consecutive(code // size, return_inverse=True)
     return Packed(
         ids=torch.tensor(ids, device=device),
         positions=torch.tensor(positions, device=device),
         tree=_tree(shared, parts, device),
-        sources=code // size,
+        sources=sources,
         labels=code % size,
+        predictors=predictors,
         wanted=wanted,
         of_row=of_row,
         rows=number,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from comps.tuning import rundir
+from comps.tuning import appended, rundir
 from comps.tuning.failpoints import failpoint
 
 FILE = "evaluations.jsonl"
@@ -38,7 +38,7 @@ class Ledger:
         self.values: dict[Config, list[float]] = {}
         self.seconds, self.scored = 0.0, 0
         self._path, self._score = path, score
-        head = json.dumps({"key": key})
+        head = {"key": key}
         for other in known:
             for batch in _batches(other, head)[0]:
                 self._take(batch)
@@ -49,7 +49,7 @@ class Ledger:
         if whole:
             os.truncate(path, whole)  # a line that was torn by a kill
         else:
-            rundir.write_file(path, f"{head}\n".encode())
+            rundir.write_file(path, f"{json.dumps(head)}\n".encode())
 
     def extend(self, configs: Sequence[Config], last: int) -> None:
         """Have the values of ``configs`` up to item ``last`` known."""
@@ -71,11 +71,7 @@ class Ledger:
 
     def _append(self, batches: list[dict[str, Any]]) -> None:
         failpoint("evaluations-unwritten")
-        text = "".join(f"{json.dumps(batch, separators=(',', ':'))}\n" for batch in batches)
-        with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        appended.append(self._path, batches)
         failpoint("evaluations-written")
 
     def _take(self, batch: dict[str, Any]) -> None:
@@ -85,22 +81,7 @@ class Ledger:
                 known[batch["first"] :] = values if len(known) <= batch["last"] else known[batch["first"] :]
 
 
-def _batches(path: Path, head: str) -> tuple[list[dict[str, Any]], int]:
+def _batches(path: Path, head: dict[str, str]) -> tuple[list[dict[str, Any]], int]:
     """The whole batches of a file that begins with ``head``, and the bytes up to their end."""
-    if not path.is_file():
-        return [], 0
-    found: list[dict[str, Any]] = []
-    with open(path, "rb") as stream:
-        if stream.readline() != f"{head}\n".encode():
-            return [], 0
-        end = stream.tell()
-        for line in stream:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                found.pop()
-                break
-            end += len(line)
-    return found, end
+    lines, end = appended.read(path)
+    return (lines[1:], end) if lines[:1] == [head] else ([], 0)

@@ -52,6 +52,17 @@ class RankSampler(TrainerCallback):  # type: ignore[misc]
         self._controller.maximal()
 
 
+class LogLastStep(TrainerCallback):  # type: ignore[misc]
+    """Has the last step logged whatever ``logging_steps`` says, on all ranks, which gather the loss. Without
+    it a run of few steps would tell the loss of its first one to the end."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
+
 class Progress(TrainerCallback):  # type: ignore[misc]
     """Rank 0's events: loss, rate, tokens and time left at every logging step; evaluations.
 

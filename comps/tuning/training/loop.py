@@ -35,6 +35,7 @@ from comps.tuning.training import auto, checkpoints, facts, precision
 from comps.tuning.training.arguments import total_steps, training_arguments
 from comps.tuning.training.callbacks import (
     CheckpointPublisher,
+    LogLastStep,
     Progress,
     RankSampler,
     StopOnRequest,
@@ -213,6 +214,7 @@ def _callbacks(
         callbacks.append(statistics)
     return [
         *callbacks,
+        LogLastStep(),
         CheckpointPublisher(output, events, spec.training.save_total_limit),
         StopOnRequest(spec.directory / rundir.STOP),
     ]
