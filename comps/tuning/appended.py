@@ -1,4 +1,4 @@
-"""JSON Lines that are only appended to, each on the disk before the next; the last may be torn by a kill."""
+"""Files of JSON Lines that are only appended to. What a kill has torn at their end counts for nothing."""
 
 from __future__ import annotations
 

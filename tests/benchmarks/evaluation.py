@@ -2,14 +2,16 @@
 
 ``python -m tests.benchmarks.evaluation --model DIR --data FILE``: the questions of FILE (of LLM-Adapters'
 records the answers' texts are scored) by SmolLM2 with a super-adapter of random weights. The ways take turns
-on slices of the questions, so that neighbours on the machine slow all of them alike, and each way's answers
-are compared with those of the plain one.
+on slices of the questions, so that neighbours on the machine slow all of them alike. What each way chooses is
+compared with what the plain one does, and its log-likelihoods of some other questions, each row by itself,
+with those of a softmax in float64.
 
 - plain: transformers and PEFT, one choice a row, batches of 32 in the order of the file, padded, all logits;
 - sorted: rows of similar length together, logits only where scored;
 - packed: the preamble once a batch, the prompt once an item, no padding, transformers' layers;
 - fused: the same through our own layers, one configuration;
-- random, neighbours: eight random configurations in one batch; eight that differ from one in one group each.
+- random: eight random configurations, which share too little to be one batch;
+- neighbours: eight in one batch that differ from one in one group each.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from comps.tuning.models.load import load_base_model, load_tokenizer
 from comps.tuning.spec import LoraSpec, ModelSpec, RankGroup
 from tests.benchmarks.machine import Load, describe, sgemm
 
-COPIES, BATCH = 8, 32
+COPIES, BATCH, WARM_UP = 8, 32, 16
 MODULES = (("q_proj", "k_proj", "v_proj"), ("up_proj",), ("down_proj",))
 
 
@@ -73,6 +75,17 @@ def plain(model: PeftModel, rows: list[Row]) -> list[RowScore]:
     return found
 
 
+@torch.inference_mode()
+def exact(model: PeftModel, rows: list[Row]) -> list[float]:
+    """Log-likelihoods of rows by themselves, the softmax in float64."""
+    found = []
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
+        places = [place for place, learnt in enumerate(row.learnt) if learnt]
+        found.append(sum(logits[place - 1, row.ids[place]].item() for place in places))
+    return found
+
+
 class Way:
     """One way, with the time it took so far: of the clock and of all its threads, a configuration."""
 
@@ -88,8 +101,9 @@ class Way:
         if timed:
             self.seconds += (time.perf_counter() - began) / self._share
             self.cpu += (time.process_time() - cpu) / self._share
-            self.found += [row.log_likelihood for result in scores.results for row in result]
             self.chosen += scores.per_item("acc") + scores.per_item("acc_norm")
+        else:
+            self.found += [row.log_likelihood for result in scores.results for row in result]
 
 
 def ways(path: Path, tokens: int) -> list[Way]:
@@ -135,10 +149,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokenizer = load_tokenizer(ModelSpec(name="model", path=str(arguments.model.resolve())))
-    questions = read_questions(arguments.data, texts=True, choices=True, limit=arguments.items + 4)
+    questions = read_questions(arguments.data, texts=True, choices=True, limit=arguments.items + WARM_UP)
     items = Items.choices(questions, tokenizer)
     warm_up, items = items[arguments.items :], items[: arguments.items]
     sides = ways(arguments.model, arguments.tokens)
+    model, space, controller = load(arguments.model)
+    with controller.at(space.heuristic):
+        expected = exact(model, [row for item in warm_up for row in item.rows])
+    del model, controller
     rate, load_, began = sgemm(), Load(), time.process_time()
     for side in sides:
         side.run(warm_up, timed=False)
@@ -160,7 +178,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     first = sides[0]
     for side in sides:
-        apart = max(abs(mine - own) for mine, own in zip(side.found, first.found, strict=True))
+        apart = max(abs(mine - own) for mine, own in zip(side.found, expected, strict=True))
         same = side.chosen == first.chosen
         print(
             f"| {side.name} | {side.seconds:.2f} | {first.seconds / side.seconds:.2f} | {side.cpu:.2f} "

@@ -147,7 +147,7 @@ class Judge:
             Items.choices(questions, tokenizer, 2048),
             Items.responses(questions, tokenizer, DataSpec(train_file=options.test)),
         )
-        self._path = options.directory / f"test-{len(questions)}.json"
+        self._path = options.directory / f"test-{len(questions)}-responses.json"
         self._known: dict[str, Values] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def scores(self, adapter: Path | None, configs: Sequence[tuple[int, ...] | None]) -> list[Values]:

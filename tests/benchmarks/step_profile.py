@@ -84,7 +84,7 @@ def main() -> None:
     batches = [collate([rows[row] for row in part]) for part in parts]
     packed = [pack(dict(batch)) for batch in batches]
     tokens = sum(each["input_ids"].shape[1] for each in packed)
-    predicting = sum(len(each["layout"].predicting) for each in packed)
+    predicting = sum(len(each["logits_to_keep"]) for each in packed)
     base = side.model.get_base_model()
     head = base.get_output_embeddings().weight.numel()
     weights = sum(

@@ -121,22 +121,31 @@ def losses(model: Any, rows: Any, pad: int) -> tuple[float, float]:
     return float(sums[0] / sums[1]), float(sums[2] / sums[3])
 
 
-def flops(model: Any, rows: Any, variant: str) -> float:
+def flops(model: Any, rows: Any, variant: str, pad: int) -> float:
     """Of a training step, for each row: 4 for each weight of the frozen layers and token (forward, and the
-    gradient of what goes in), and as many for the head's where there is a label. Padding does not count, nor
-    what is computed twice, nor, for ours, what all rows of a batch begin with, except once."""
+    gradient of what goes in), and as many for the head's where a label is predicted. Padding does not count,
+    nor what is computed twice; for ours, tokens and predictions are those of packed batches."""
     import torch
+
+    from comps.tuning.data.batching import LengthGroupedSampler
+    from comps.tuning.data.collate import Collator
+    from comps.tuning.training.packing import pack
 
     head = model.get_base_model().get_output_embeddings()
     weights = sum(
         each.weight.numel() for name, each in model.named_modules()
         if type(each) is torch.nn.Linear and each is not head and ".lora_" not in name
     )  # fmt: skip
-    tokens = sum(rows.lengths) / len(rows)
-    labels = sum(sum(label >= 0 for label in row["labels"][1:]) for row in rows) / len(rows)
     if variant in OURS:
-        tokens -= rows.common_beginning() * (1 - 1 / ROWS)
-    return float(4 * (weights * tokens + head.weight.numel() * labels))
+        order = LengthGroupedSampler(rows.lengths, ROWS, 42).rows()
+        parts = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+        batches = [pack(Collator(pad)([rows[row] for row in part])) for part in parts]
+        tokens = sum(batch["input_ids"].shape[1] for batch in batches)
+        labels = sum(len(batch["logits_to_keep"]) for batch in batches)
+    else:
+        tokens = sum(rows.lengths)
+        labels = sum(sum(label >= 0 for label in row["labels"][1:]) for row in rows)
+    return float(4 * (weights * tokens + head.weight.numel() * labels)) / len(rows)
 
 
 def main() -> None:
@@ -175,7 +184,7 @@ def main() -> None:
     result = {
         "samples_per_second": samples,
         "tokens_per_second": tokens,
-        "gflops": 1e-9 * samples * flops(model, rows, arguments.variant),
+        "gflops": 1e-9 * samples * flops(model, rows, arguments.variant, tokenizer.pad_token_id),
         "peak_gb": usage.ru_maxrss / 2**20,
         "loss_answers": of_answers,
         "loss_all": of_all,

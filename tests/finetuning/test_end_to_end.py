@@ -147,6 +147,7 @@ def test_a_sparse_super_adapter_merges_into_a_model_with_the_same_zeros(ray_serv
     assert extracted.json()["sparse_adapter"] is True
     answer = ray_server.http.post("/v1/sqft/merge_adapter", json=body)
     assert answer.status_code == 200, answer.text
+    assert answer.json()["warnings"] == []
     sparsity = answer.json()["sparsity"]
     assert sparsity["before"] == sparsity["after"] == pytest.approx(0.5, abs=0.05)
     assert len(sparsity["layers"]) == 10

@@ -103,6 +103,9 @@ def test_evaluations_of_all_kinds(make_server, tmp_path: Path) -> None:
     assert lines.headers["content-type"].startswith("application/jsonl")
     records = [json.loads(line) for line in lines.text.splitlines()]
     assert [each["item"] for each in records] == [f"questions.json, record {n + 1}" for n in range(12)]
+    assert [each["choices"] for each in records] == [each["choices"] for each in QUESTIONS]
+    for record, question in zip(records, QUESTIONS, strict=True):
+        assert record["prompt"].endswith(f"{question['question']}\n\n### Response:\n")
     for record, result in zip(records, base.results, strict=True):
         assert record["log_likelihoods"] == pytest.approx([row.log_likelihood for row in result], abs=1e-4)
     said = [
@@ -120,7 +123,7 @@ def test_evaluations_of_all_kinds(make_server, tmp_path: Path) -> None:
     assert list(found["metrics"]) == ["numeric_match", "exact_match", "perplexity", "token_accuracy"]
     assert (found["task"], found["items"]) == ("SVAMP", 2)
     record = json.loads(service.http.get(f"/v1/evaluations/{both['id']}/items").text.splitlines()[0])
-    assert {"item", "output", "numeric_match", "exact_match", "log_likelihood", "tokens"} <= record.keys()
+    assert {"output", "numeric_match", "exact_match", "log_likelihood", "tokens"} <= record.keys()
 
     command = [
         sys.executable,

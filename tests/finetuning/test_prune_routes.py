@@ -223,7 +223,10 @@ def test_a_pruned_model_is_a_base_model_with_a_parent_which_may_go(
     trained = succeeded(ray_server, create(ray_server, "numbers.json", model="tiny/half"))
     merging = {"fine_tuning_job_id": trained["id"]}
     merged = ray_server.http.post("/v1/finetune/merge_adapter", json=merging, timeout=180).json()
-    assert "The merge filled zeros: 50.0% of the adapted weights were 0" in " ".join(merged["warnings"])
+    (warning,) = merged["warnings"]
+    assert warning.startswith("The merge filled zeros: 50.0% of the weights of the adapted modules were 0")
+    assert warning in [event["message"] for event in events(ray_server, merged["id"])]
+    assert job(ray_server, merged["id"])["warnings"] == [warning]
     further = ray_server.http.post(
         PRUNE,
         json={**GOOD, "model": "tiny/half", "sparsity": None, "pattern": "2:4", "wait": True},

@@ -107,6 +107,7 @@ def test_from_a_sparse_model_to_one_sparse_int4_model(ray_server: ServiceProcess
     assert answer.status_code == 200, answer.text
     merged = answer.json()
     assert merged["sparsity"]["after"] >= merged["sparsity"]["before"] > 0.49
+    assert merged["warnings"] == []
     assert merged["bytes"]["after"] < merged["bytes"]["bf16"]
     ours = load_base_model(ModelSpec(name="merged", path=merged["path"]))
     before = load_file(ray_server.models_dir / HALF / "model.safetensors")

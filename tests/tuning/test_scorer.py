@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from comps.tuning.elastic.model import load_adapter, make_elastic
 from comps.tuning.errors import AdapterError
-from comps.tuning.evaluation import tree
+from comps.tuning.evaluation import padded, tree
 from comps.tuning.evaluation.engine import Engine
 from comps.tuning.evaluation.items import Items
 from comps.tuning.evaluation.questions import to_question
@@ -82,6 +82,26 @@ def test_every_choice_scores_what_it_scores_by_itself(family: str, way: str) -> 
     for result, rows in zip(scores.results, expected, strict=True):
         for found, each in zip(result, rows, strict=True):
             assert_same(found, each)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+@pytest.mark.parametrize("way", ["fused", "packed", "padded"])
+def test_logits_of_a_few_tokens_at_a_time(way: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, items = tiny_model("llama"), choice_items()
+    (expected,) = Scorer(model, way=way).score(items)
+    monkeypatch.setattr(padded, "CHUNK", at_once * model.config.vocab_size)
+    (scores,) = Scorer(model, way=way).score(items)
+    for found, each in zip(scores.results, expected.results, strict=True):
+        for mine, row in zip(found, each, strict=True):
+            assert_same(mine, row)
+
+
+def test_what_several_choices_begin_with_is_predicted_once() -> None:
+    batch = tree.pack(list(choice_items()))
+    pairs = list(zip(batch.sources[batch.predictors].tolist(), batch.labels.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    assert batch.sources.tolist() == sorted({source for source, _ in pairs})
+    assert len(batch.sources) < len(pairs)
 
 
 @pytest.mark.parametrize("copies", [1, 3, 8])

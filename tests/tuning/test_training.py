@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,10 +16,11 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from comps.tuning.errors import AdapterError, DataError, ModelError, TuningError
-from comps.tuning.rundir import OUTPUT, REPORTS, STOP
+from comps.tuning.rundir import EVENTS, OUTPUT, REPORTS, STOP
 from comps.tuning.spec import LoraSpec, ModelSpec, OptimizationSpec, Optimizer, Scheduler
 from comps.tuning.training import precision
 from comps.tuning.training.arguments import total_steps
+from comps.tuning.training.callbacks import Progress
 from comps.tuning.training.trainer import TuningTrainer
 
 PLAIN = LoraSpec(r=4, dropout=0, target_modules=("q_proj", "v_proj"))
@@ -108,6 +110,21 @@ def test_max_train_steps_ends_the_run(tmp_path: Path, model: Path, data: Path) -
     assert ended.result is not None
     assert ended.result["steps"] == 4
     assert len(ended.losses) == 4
+
+
+@pytest.mark.parametrize(("interval", "logged"), [(3, [1, 3, 4]), (4, [1, 4]), (10, [1, 4])])
+def test_the_last_step_is_logged_once_whatever_the_interval(
+    interval: int, logged: list[int], tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Progress, "every", 0.0)
+    ended = run(train_spec(tmp_path, model, data, max_train_steps=4, logging_steps=interval))
+    lines = (tmp_path / EVENTS).read_text().splitlines()
+    told = [event["data"] for event in map(json.loads, lines) if event["type"] == "metrics"]
+    assert [each["step"] for each in told] == logged
+    assert sum("Step 4/4" in line for line in lines) == 1
+    assert ended.result is not None
+    assert ended.result["train_loss"] == told[-1]["train_loss"]
+    assert ended.result["trained_tokens"] == told[-1]["trained_tokens"]
 
 
 @pytest.mark.parametrize("rows", [40, 39, 37])

@@ -8,8 +8,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from comps.finetuning.jobs.states import transition
+from comps.finetuning.jobs.states import add_event, transition
 from comps.finetuning.store.tables import JobRow, ModelRow
+from comps.tuning.sparse.report import filled_zeros
 
 SERVER_ERROR = "server_error"
 
@@ -61,6 +62,9 @@ def _finish_adapter(session: Session, job: JobRow, result: dict[str, Any]) -> No
         parts.append("merged")
     name = ":".join(parts)
     details = {key: value for key, value in result.items() if key not in ("outcome", "path")}
+    for warning in filled_zeros(result) if job.kind == "merge" else []:
+        job.warnings = [*job.warnings, warning]
+        add_event(session, job, warning, level="warn")
     session.merge(
         ModelRow(
             id=name, kind="merged" if job.kind == "merge" else "adapter", owner=job.owner,

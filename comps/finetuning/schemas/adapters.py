@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from comps.finetuning.schemas.jobs import Name
 from comps.finetuning.schemas.tolerant import Integer, Tolerant, request_warnings
 from comps.finetuning.store.tables import JobRow
-from comps.tuning.sparse.report import LEAST
+from comps.tuning.sparse.report import filled_zeros
 
 # Names that the output directory of a job has other uses for, whatever their case.
 _RESERVED = re.compile(
@@ -102,20 +102,9 @@ class AdapterAnswer(BaseModel):
             "adapter_version": job.version,
             "path": job.spec["output"],
             "fine_tuned_model": job.fine_tuned_model,
-            "warnings": [*request_warnings(request), *_filled_zeros(job.result or {})],
+            "warnings": [*request_warnings(request), *filled_zeros(job.result or {})],
         }
         result = {
             key: value for key, value in (job.result or {}).items() if key not in ("outcome", "version")
         }
         return cls.model_validate(known | {k: v for k, v in result.items() if k not in known})
-
-
-def _filled_zeros(result: dict[str, Any]) -> list[str]:
-    """A warning for a merge of a plain adapter into a sparse model."""
-    zeros = result.get("sparsity", {"before": 0, "after": 0})
-    if zeros["before"] - zeros["after"] < LEAST:
-        return []
-    return [
-        f"The merge filled zeros: {zeros['before']:.1%} of the adapted weights were 0, {zeros['after']:.1%} "
-        "are now. An adapter that is trained with sparse_adapter keeps them."
-    ]

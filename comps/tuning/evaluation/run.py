@@ -261,7 +261,7 @@ class _Run:
         tokenizer: PreTrainedTokenizerBase,
         records: list[list[dict[str, Any]]],
     ) -> Path:
-        """One line for each question: what the model was given, and what all of the metrics found out."""
+        """One line for each question: its prompt before any cut, and what all of the metrics found out."""
         lines: dict[str, dict[str, Any]] = {}
         for each in questions:
             prompt = render(each.record, tokenizer, each.where).prompt

@@ -173,3 +173,15 @@ def _zeros_in_file(header: Header) -> Zeros:
                 raise WeightsError(f"has a truncated weights file, {header.file.name}")
             left -= len(piece)
     return Zeros(weights, weights - nonzero)
+
+
+def filled_zeros(result: dict[str, Any]) -> list[str]:
+    """A warning, if what a merge tells of itself says that its base model is less sparse now."""
+    zeros = result.get("sparsity")
+    if not zeros or zeros["before"] - zeros["after"] < LEAST:
+        return []
+    counted = zeros.get("counted", "weights of the adapted modules")
+    return [
+        f"The merge filled zeros: {zeros['before']:.1%} of the {counted} were 0, {zeros['after']:.1%} are "
+        "now. An adapter that is trained with sparse_adapter keeps them."
+    ]

@@ -114,7 +114,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         elif (
             state.global_step == math.ceil(state.max_steps / 10)
             or self._step_ended - self._told >= self.every
-        ) and state.global_step % args.logging_steps:
+        ) and not control.should_log:
             left = self._seconds_left(state)
             self._events.write(
                 f"Step {state.global_step}/{state.max_steps}, {left or 0:.0f} s left",
