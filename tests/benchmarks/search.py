@@ -147,8 +147,12 @@ class Judge:
             Items.choices(questions, tokenizer, 2048),
             Items.responses(questions, tokenizer, DataSpec(train_file=options.test)),
         )
-        self._path = options.directory / f"test-{len(questions)}-responses.json"
-        self._known: dict[str, Values] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        # A file for each set of seeds, so that several processes can score some each at a time.
+        name = f"test-{len(questions)}-responses-"
+        self._path = options.directory / f"{name}{'-'.join(map(str, options.seeds))}.json"
+        self._known: dict[str, Values] = {}
+        for known in sorted(options.directory.glob(f"{name}*.json")):
+            self._known |= json.loads(known.read_text())
 
     def scores(self, adapter: Path | None, configs: Sequence[tuple[int, ...] | None]) -> list[Values]:
         """Of the base model, an adapter, or configurations of a super-adapter."""
