@@ -42,7 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--population", type=int, default=20)
     parser.add_argument("--metric", choices=("acc", "acc_norm", "loss"))
     parser.add_argument("--cost", default="parameters", choices=("parameters", "macs"))
-    parser.add_argument("--items", type=int, help="to search on; the best are scored on four times as many")
+    parser.add_argument(
+        "--items", type=int, help="to search on; the best are scored again on all, at most four times as many"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--threads", type=int, help="cores to compute on")
     return parser.parse_args(arguments)

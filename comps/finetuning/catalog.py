@@ -59,7 +59,11 @@ def find_local_model(models_dir: Path, name: str) -> Path | None:
         return None
     resolved = directory.resolve()
     if not resolved.is_relative_to(models_dir.resolve()):
-        raise InvalidRequest(f"The model {name!r} leads out of the models root.", param="model")
+        raise InvalidRequest(
+            f"The model {name!r} leads out of the models root; put a copy there, or set "
+            "FINETUNING_MODELS_DIR to where it lies.",
+            param="model",
+        )
     return resolved
 
 

@@ -38,6 +38,10 @@ def test_the_three_accuracies_differ_by_what_lengths_they_divide_by() -> None:
     assert metric.stderr == pytest.approx(statistics.stdev([1, 0, 1, 0]) / 2)
     records = list(scores.records())
     assert records[1]["acc_norm"] == 1
+    assert (records[1]["chosen"], records[1]["chosen_norm"]) == (
+        1 - records[1]["answer"],
+        records[1]["answer"],
+    )
     assert records[1]["log_likelihoods"] == [-4.0, -5.0]
     assert scores.metric("loss").value == pytest.approx((4 + 5 + 6 + 6) / 8)  # of the right choices
 

@@ -90,6 +90,7 @@ def test_the_best_sub_adapter_scores_with_stock_peft_what_the_search_says(
     assert best["rescored"]["score"] == pytest.approx(sum(drawn) / 36)
     # By half of what the search has not seen it was chosen; the other half says what it is worth.
     assert best["fresh"]["score"] == pytest.approx(sum(drawn[30:]) / 6)
+    assert best["deciding"]["score"] == pytest.approx(sum(drawn[:30]) / 30)
     p = best["score"]
     assert best["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 23))
 
@@ -115,7 +116,8 @@ def test_the_report_has_a_front_that_nothing_dominates_and_the_named_ones(
     assert found["references"].keys() == {"heuristic", "minimal", "maximal"}
     configs = [entry["config"] for entry in found["finalists"]]
     assert all(entry["config"] in configs for entry in found["references"].values())
-    assert found["best"]["rescored"]["score"] == max(each["rescored"]["score"] for each in found["finalists"])
+    finalists = [(each["deciding"]["score"], -each["parameters"]) for each in found["finalists"]]
+    assert (found["best"]["deciding"]["score"], -found["best"]["parameters"]) == max(finalists)
 
 
 def test_macs_are_those_of_the_linear_layers_for_256_tokens(found: dict[str, Any]) -> None:

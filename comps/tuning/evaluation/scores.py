@@ -99,8 +99,9 @@ class Scores:
             if item.answer is not None:
                 record["answer"] = item.answer
                 for name in CHOICE_METRICS:
-                    record[name] = int(_chosen(item, score, name) == item.answer)
-                record["chosen"] = _chosen(item, score, "acc")
+                    chosen = _chosen(item, score, name)
+                    record[name] = int(chosen == item.answer)
+                    record[name.replace("acc", "chosen")] = chosen
                 record["log_likelihoods"] = [row.log_likelihood for row in score]
             else:
                 (row,) = score

@@ -149,10 +149,9 @@ class _Search:
     ) -> dict[str, Any]:
         spec, searched, total = self._spec, self._candidates.searched, len(self._candidates.items)
         final = [self._final(choice) for choice in finalists]
-        scores = [
-            self._mean(self._problem.config(choice), 0, self._chosen_by)["score"] for choice in finalists
-        ]
-        winner = max(range(len(final)), key=lambda i: (scores[i], -final[i][spec.cost], -i))
+        winner = max(
+            range(len(final)), key=lambda i: (final[i]["deciding"]["score"], -final[i][spec.cost], -i)
+        )
         return {
             "algorithm": spec.algorithm,
             "metric": self._candidates.metric,
@@ -189,11 +188,16 @@ class _Search:
         }
 
     def _final(self, choice: Choice) -> dict[str, Any]:
-        """The same, on all items, and on those alone by which nothing was chosen, beside the heuristic."""
+        """The same on those items that decide which finalist is best, on all, and on those alone by which
+        nothing was chosen, beside the heuristic."""
         config, heuristic = self._problem.config(choice), self._problem.space.heuristic
         searched, total = self._candidates.searched, len(self._candidates.items)
         names = [name for name, named in self._problem.named.items() if named == choice]
-        entry = self._entry(choice) | {"names": names, "rescored": self._mean(config, 0, total)}
+        entry = self._entry(choice) | {
+            "names": names,
+            "deciding": self._mean(config, 0, self._chosen_by),
+            "rescored": self._mean(config, 0, total),
+        }
         if total > searched:
             pairs = zip(self._ledger.values[config], self._ledger.values[heuristic], strict=True)
             gains = [self._candidates.sign * (ours - theirs) for ours, theirs in pairs][
