@@ -95,6 +95,13 @@ def test_the_best_sub_adapter_scores_with_stock_peft_what_the_search_says(
     assert best["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 23))
 
 
+def test_too_few_items_to_tell_what_the_best_is_worth_are_warned_of(
+    spec: SearchSpec, found: dict[str, Any]
+) -> None:
+    warnings = [event["message"] for event in Run(spec.directory).events if event["level"] == "warn"]
+    assert any(message.startswith("Nothing is chosen by 6 items") for message in warnings)
+
+
 def test_the_report_has_a_front_that_nothing_dominates_and_the_named_ones(
     spec: SearchSpec, found: dict[str, Any]
 ) -> None:

@@ -184,7 +184,7 @@ class SearchSpace:
             if custom_config is None:
                 raise AdapterError(
                     f"the version {version!r} needs a custom_config of {self.describe()}; "
-                    f"without one there are {', '.join(NAMED)}",
+                    f"without one there are {', '.join(NAMED)}, learned, and what a search has found",
                     param="custom_config",
                 )
             return self.check(custom_config)

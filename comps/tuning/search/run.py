@@ -14,7 +14,7 @@ from comps.tuning.errors import AdapterError
 from comps.tuning.evaluation.scores import mean
 from comps.tuning.search import learned, report
 from comps.tuning.search.algorithms import algorithm
-from comps.tuning.search.candidates import open_candidates, set_threads
+from comps.tuning.search.candidates import FEWEST_ITEMS, open_candidates, set_threads
 from comps.tuning.search.ledger import FILE, Config, Ledger
 from comps.tuning.search.problem import Choice, Problem, front
 from comps.tuning.search.spending import Spending
@@ -66,6 +66,12 @@ class _Search:
             )
         if spec.items and spec.items > self._candidates.searched:
             events.write(f"There are {self._candidates.searched} items, not {spec.items}", level="warn")
+        if (left := len(items) - self._chosen_by) < FEWEST_ITEMS:
+            events.write(
+                f"Nothing is chosen by {left} items, which are too few to tell what the best is worth; give "
+                "more questions",
+                level="warn",
+            )
         if self._ledger.found:
             events.write(f"Resuming: {self._ledger.found} batches were scored before")
 
