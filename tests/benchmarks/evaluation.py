@@ -10,8 +10,8 @@ with those of a softmax in float64.
 - sorted: rows of similar length together, logits only where scored;
 - packed: the preamble once a batch, the prompt once an item, no padding, transformers' layers;
 - fused: the same through our own layers, one configuration;
-- random: eight random configurations, which share too little to be one batch;
-- neighbours: eight in one batch that differ from one in one group each.
+- neighbours: eight in one batch that differ from one in one group each (random ones share too little to be
+  one batch and are scored one by one).
 """
 
 from __future__ import annotations
@@ -110,7 +110,6 @@ def ways(path: Path, tokens: int) -> list[Way]:
     model, space, controller = load(path)
     first = space.heuristic
     chance = random.Random(0)
-    several = [first, *(tuple(chance.choice(g.ranks) for g in space.groups) for _ in range(COPIES - 1))]
     near: list[Configuration] = [first]
     while len(near) < COPIES:
         place = chance.randrange(len(space))
@@ -133,7 +132,6 @@ def ways(path: Path, tokens: int) -> list[Way]:
         Way("sorted", by("padded", [first])),
         Way("packed", by("packed", [first])),
         Way("fused", by("fused", [first])),
-        Way("random", by("fused", list(several)), COPIES),
         Way("neighbours", by("fused", near), COPIES),
     ]
 

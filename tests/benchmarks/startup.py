@@ -12,7 +12,8 @@ import sqlite3
 import statistics
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,36 @@ PHASES = {
 }
 
 
-def phases(service: ServiceProcess, body: dict[str, Any]) -> dict[str, float]:
-    """Seconds from the request to each phase of one job."""
+@contextmanager
+def serving(model: Path, data: Path) -> Iterator[tuple[ServiceProcess, dict[str, Any]]]:
+    """A service with a Ray of its own, and the body of a job on ``data`` that it has."""
+    model = model.resolve()
+    with tempfile.TemporaryDirectory() as directory:
+        models = str(model.parents[1])
+        with closing(ServiceProcess(Path(directory), ray=True, FINETUNING_MODELS_DIR=models)) as service:
+            with open(data, "rb") as stream:
+                upload = service.http.post(
+                    "/v1/files", files={"file": ("data.json", stream)}, data={"purpose": "fine-tune"}
+                )
+            yield (
+                service,
+                JOB | {"model": "/".join(model.parts[-2:]), "training_file": upload.json()["id"]},
+            )
+
+
+def carry_out(service: ServiceProcess, body: dict[str, Any]) -> tuple[str, float]:
+    """The id of a job that has succeeded, and when it was asked for."""
     began = time.time()
-    job = service.http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
-    while service.http.get(f"/v1/fine_tuning/jobs/{job}").json()["status"] not in ("succeeded", "failed"):
+    path = f"/v1/fine_tuning/jobs/{service.http.post('/v1/fine_tuning/jobs', json=body).json()['id']}"
+    while (job := service.http.get(path).json())["status"] != "succeeded":
+        if job["error"]:
+            raise SystemExit(f"a job has failed: {job['error']}")
         time.sleep(0.5)
+    return job["id"], began
+
+
+def phases(service: ServiceProcess, job: str, began: float) -> dict[str, float]:
+    """Seconds from ``began`` to each phase of one job."""
     # The API tells whole seconds only.
     with closing(sqlite3.connect(service.data_dir / "finetuning.db")) as database:
         events = database.execute(
@@ -83,18 +108,10 @@ def main() -> None:
                 wall = time.monotonic() - began
                 used = psutil.Process(service.process.pid).cpu_times()
                 starts.append((wall, used.user + used.system))
-    with tempfile.TemporaryDirectory() as directory:
-        model = arguments.model.resolve()
-        models = str(model.parents[1])
-        with closing(ServiceProcess(Path(directory), ray=True, FINETUNING_MODELS_DIR=models)) as service:
-            with open(arguments.data, "rb") as stream:
-                upload = service.http.post(
-                    "/v1/files", files={"file": ("data.json", stream)}, data={"purpose": "fine-tune"}
-                )
-            body = JOB | {"model": "/".join(model.parts[-2:]), "training_file": upload.json()["id"]}
-            load = Load()
-            jobs = [phases(service, body) for _ in range(arguments.repeats + 1)]
-            busy = load.others(0)
+    with serving(arguments.model, arguments.data) as (service, body):
+        load = Load()
+        jobs = [phases(service, *carry_out(service, body)) for _ in range(arguments.repeats + 1)]
+        busy = load.others(0)
     print(f"{describe()}; cores busy meanwhile: {busy:.2f}")
     wall, cpu = (statistics.median(values) for values in zip(*starts, strict=True))
     print(f"\nstart to healthy: {wall:.1f} s ({cpu:.1f} s of CPU), median of {len(starts)}\n")

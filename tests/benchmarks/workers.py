@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.benchmarks.machine import Load, describe, layer_sgemm
-from tests.benchmarks.startup import JOB, phases
+from tests.benchmarks.startup import carry_out, phases, serving
 from tests.service_process import ServiceProcess
 
 ROWS, SKIPPED = 16, 2
@@ -27,9 +25,8 @@ WAYS = {"1 worker, 2 cores": (1, 2), "2 workers, 1 core each": (2, 1), "1 worker
 
 def run(service: ServiceProcess, body: dict[str, Any]) -> tuple[float, float, float]:
     """Rows each second, seconds to the first step's end, and the mean loss of the measured steps."""
-    known = {each.name for each in (service.data_dir / "jobs").glob("*")}
-    reached = phases(service, body)
-    (job,) = {each.name for each in (service.data_dir / "jobs").glob("*")} - known
+    job, began = carry_out(service, body)
+    reached = phases(service, job, began)
     lines = (service.data_dir / "jobs" / job / "events.jsonl").read_text().splitlines()
     steps = [event for event in map(json.loads, lines) if event["type"] == "metrics"]
     seconds = steps[-1]["created_at"] - steps[SKIPPED - 1]["created_at"]
@@ -44,34 +41,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
-    model = arguments.model.resolve()
     torch.set_num_threads(2)
     rate = layer_sgemm()
-    with tempfile.TemporaryDirectory() as directory:
-        models = str(model.parents[1])
-        with closing(ServiceProcess(Path(directory), ray=True, FINETUNING_MODELS_DIR=models)) as service:
-            with open(arguments.data, "rb") as stream:
-                upload = service.http.post(
-                    "/v1/files", files={"file": ("data.json", stream)}, data={"purpose": "fine-tune"}
-                )
-            common = JOB | {"model": "/".join(model.parts[-2:]), "training_file": upload.json()["id"]}
-            bodies = {
-                name: common
-                | {
-                    "Training": {
-                        "batch_size": ROWS // workers, "max_train_steps": arguments.steps, "logging_steps": 1,
-                        "num_training_workers": workers, "resources_per_worker": {"CPU": cores}, "seed": 1,
-                    }
+    with serving(arguments.model, arguments.data) as (service, common):
+        bodies = {
+            name: common
+            | {
+                "Training": {
+                    "batch_size": ROWS // workers, "max_train_steps": arguments.steps, "logging_steps": 1,
+                    "num_training_workers": workers, "resources_per_worker": {"CPU": cores}, "seed": 1,
                 }
-                for name, (workers, cores) in WAYS.items()
-            }  # fmt: skip
-            run(service, bodies["1 worker, 2 cores"])
-            load = Load()
-            found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in bodies}
-            for _ in range(arguments.repeats):
-                for name, body in bodies.items():
-                    found[name].append(run(service, body))
-            busy = load.others(0)
+            }
+            for name, (workers, cores) in WAYS.items()
+        }  # fmt: skip
+        run(service, bodies["1 worker, 2 cores"])
+        load = Load()
+        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in bodies}
+        for _ in range(arguments.repeats):
+            for name, body in bodies.items():
+                found[name].append(run(service, body))
+        busy = load.others(0)
     print(f"{describe()}; sgemm before {rate:.0f} GFLOP/s; cores busy {busy:.2f}\n")
     print("| | rows each second | s to the first step's end | loss |\n|---|---|---|---|")
     for name, runs in found.items():

@@ -60,10 +60,6 @@ class Packed:
     of_row: Tensor
     rows: int
 
-    @property
-    def tokens(self) -> int:
-        return self.ids.shape[0]
-
 
 def sizes(items: Sequence[Item]) -> list[int]:
     """How many tokens each item adds to a batch of all of them."""
